@@ -1,0 +1,73 @@
+"""Causal attention within segments; one file per backend, chosen once from the mesh's device kind.
+
+Shapes: B batch, S queries, T keys, H query heads, K kv heads, G queries per kv head, C head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from jaxlm import config as cfg
+from jaxlm.attention import chunked, cudnn, splash, xla
+from jaxlm.sharding import Layout
+
+BACKENDS = {"xla": xla, "chunked": chunked, "splash": splash, "cudnn": cudnn}
+SHORT = 1024  # tokens up to which whole scores are held
+
+
+def attend(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout: Layout, softcap: float, cache=None):
+    """Attention output [B, S, H, C] and the cache, which queries see up to their position."""
+    if cache is not None:
+        whole = chunked.attend if q_BSHC.shape[1] > SHORT else xla.attend
+        return xla.attend_cached(q_BSHC, k_BSKC, v_BSKC, layout, softcap, cache, whole)
+    backend = BACKENDS[layout.attention.backend]
+    out_BSHC = backend.attend(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, softcap)
+    if backend is splash:  # it names what its own backward pass needs
+        return out_BSHC, None
+    return checkpoint_name(out_BSHC, "attention"), None
+
+
+def choose(config: cfg.Config, mesh: Mesh) -> cfg.Attention:
+    """Resolve `auto` from the mesh's devices, and say why; refuse what cannot run there."""
+    backend = config.attention.backend
+    if backend == "auto":
+        backend, why = _auto(config, mesh)
+    else:
+        why, problem = "as configured", obstacle(backend, config, mesh)
+        if problem:
+            works = [name for name in BACKENDS if not obstacle(name, config, mesh)]
+            raise cfg.UserError(
+                f"attention.backend={backend}: {problem}; use attention.backend=auto"
+                + "".join(f" or {name}" for name in works)
+            )
+    logging.getLogger("jaxlm").info("attention: %s (%s)", backend, why)
+    return dataclasses.replace(config.attention, backend=backend)
+
+
+def obstacle(backend: str, config: cfg.Config, mesh: Mesh) -> str:
+    """Why a backend cannot run this config on this mesh; empty if it can."""
+    if backend in ("xla", "chunked"):
+        return ""
+    axes = (cfg.RULES | config.rules)["seq"]
+    if math.prod(mesh.shape[axis] for axis in axes) > 1:
+        split = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+        return f"it needs whole sequences and they are split ({split})"
+    return BACKENDS[backend].obstacle(config, mesh)
+
+
+def _auto(config: cfg.Config, mesh: Mesh) -> tuple[str, str]:
+    """The backend for the mesh's kind of device, and the reason in words."""
+    device, length = mesh.devices.flat[0], config.batch.sequence_length
+    kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(device.platform)
+    problem = obstacle(kernel, config, mesh) if kernel else ""
+    if kernel and not problem:
+        return kernel, f"the fused kernel of {device.device_kind}"
+    missing = f"; not {kernel}: {problem}" if kernel else ""
+    if length > SHORT:
+        return "chunked", f"scores of {length} tokens are not held whole{missing}"
+    return "xla", f"scores of {length} tokens are small{missing}"

@@ -1,0 +1,64 @@
+"""Attention over chunks of queries, recomputed in the backward pass: memory grows with T, not S*T.
+
+Shapes: B batch, S queries, T keys, N chunks, s queries of a chunk, t keys up to the last of a span,
+H query heads, K kv heads, C head_dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.attention.xla import masked_attention
+from jaxlm.sharding import Layout
+
+SPANS = 4  # runs of chunks, each with the keys up to its end: 5/8 of the work of all keys
+
+
+def attend(q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float) -> jax.Array:
+    """As xla.attend, one chunk of queries at a time (Rabe and Staats, arXiv:2112.05682)."""
+    length, dtype = q_BSHC.shape[1], k_BTKC.dtype
+    count = -(-length // layout.attention.chunk)
+    size = -(-length // count)
+    q_NBsHC = _split(q_BSHC, count, size)
+    ids_NBs = None if segments_BS is None else _split(segments_BS, count, size)
+    # float32 here is the type in which the gradients of all chunks are summed.
+    k_BTKC, v_BTKC = k_BTKC.astype(jnp.float32), v_BTKC.astype(jnp.float32)
+
+    @jax.checkpoint
+    def one(q_BsHC, ids_Bs, start, k_BtKC, v_BtKC):
+        queries_s, keys_t = start + jnp.arange(size), jnp.arange(k_BtKC.shape[1])
+        mask_Bst = (queries_s[:, None] >= keys_t[None, :])[None]
+        if segments_BS is not None:
+            mask_Bst = mask_Bst & (ids_Bs[:, :, None] == segments_BS[:, None, : keys_t.size])
+        k_BtKC, v_BtKC = k_BtKC.astype(dtype), v_BtKC.astype(dtype)
+        return masked_attention(q_BsHC, k_BtKC, v_BtKC, mask_Bst, layout, softcap)
+
+    outs = []
+    bounds = [count * i // SPANS for i in range(SPANS + 1)]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        keys = (k_BTKC[:, : last * size], v_BTKC[:, : last * size])
+        step = lambda _, chunk, keys=keys: (None, one(*chunk, *keys))
+        starts = size * jnp.arange(first, last)
+        ids = None if ids_NBs is None else ids_NBs[first:last]
+        if first < last:
+            outs.append(jax.lax.scan(step, None, (q_NBsHC[first:last], ids, starts))[1])
+    return _join(jnp.concatenate(outs), length)
+
+
+def _split(x_BS, count: int, size: int) -> jax.Array:
+    """[B, S, ...] -> [N, B, s, ...], padded at the end."""
+    batch, length, *rest = x_BS.shape
+    b, s, *r = jax.typeof(x_BS).sharding.spec
+    x_BS = jnp.pad(x_BS, [(0, 0), (0, count * size - length)] + [(0, 0)] * len(rest))
+    x_BNs = jnp.reshape(x_BS, (batch, count, size, *rest), out_sharding=P(b, None, s, *r))
+    return jnp.moveaxis(x_BNs, 1, 0)
+
+
+def _join(x_NBs, length: int) -> jax.Array:
+    """The inverse of `_split`."""
+    count, batch, size, *rest = x_NBs.shape
+    _, b, s, *r = jax.typeof(x_NBs).sharding.spec
+    x_BNs = jnp.moveaxis(x_NBs, 0, 1)
+    return jnp.reshape(x_BNs, (batch, count * size, *rest), out_sharding=P(b, s, *r))[:, :length]

@@ -1,0 +1,310 @@
+"""Checkpoints: <run>/checkpoints/<step>/ holds params, fixed, opt, data and config, each alone.
+
+Arrays are saved whole and by name, stacked layers in the model's order, so that any mesh and any
+number of processes can read them. The optimizer's state is flat too, named by its place in the
+tree ("0.mu.embed.table"); an item without arrays is not written. A step that is listed is complete:
+Orbax writes into <step>.orbax-checkpoint-tmp and renames it at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from jaxlm import __version__, configfile
+from jaxlm import config as cfg
+from jaxlm.state import Arrays, State
+
+FORMAT = 1  # of a checkpoint; a reader refuses a newer one
+ARRAYS, JSON = ("params", "fixed", "opt"), ("data", "config")
+PathLike = str | os.PathLike[str]
+
+# Orbax logs its progress, and the errors that it raises as well.
+logging.getLogger("absl").addFilter(lambda record: "orbax/checkpoint" not in record.pathname)
+
+
+def open_manager(
+    directory: PathLike, checkpoint: cfg.Checkpoint, read_only: bool = False
+) -> ocp.CheckpointManager:
+    """Open a checkpoint directory, for writing by default: it is made, and leftovers are removed.
+
+    All processes must call it. Raises UserError where the directory cannot be made or read.
+    """
+    keep: list[Any] = [checkpoint_managers.LatestN(checkpoint.keep)]
+    if checkpoint.keep_every:
+        keep.append(checkpoint_managers.EveryNSteps(checkpoint.keep_every))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+        create=False,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        # Directories are made before `save` returns: when that fails in the background, Orbax's
+        # other threads wait for them until a time-out of many minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        save_root_metadata=False,
+    )
+    # Cutting copies into a slice per device would compile programs and take device memory.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=types) for name in ARRAYS}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in JSON}
+    path = os.path.abspath(directory)
+    try:
+        if not read_only:
+            os.makedirs(path, exist_ok=True)  # in every process, so that all report a failure
+        return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+    except OSError as error:
+        raise cfg.UserError(
+            f"{directory}: cannot keep checkpoints there: {_reason(error)}; choose another run.dir"
+        ) from error
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, state: State, data: dict[str, Any],
+    config: dict[str, Any],
+) -> None:  # fmt: skip
+    """Copy the state off the devices and write it in the background; it may be donated at once.
+
+    Raises UserError if the save before this one failed, and then has not begun: calling it again
+    saves; also if this one cannot begin, or if the step is there already.
+    """
+    finish(manager)
+    path = f"{manager.directory}/{step}"
+    if step in manager.all_steps():
+        raise cfg.UserError(f"{path} is there already and is never overwritten; move it away")
+    arrays = {"params": state.params, "fixed": state.fixed, "opt": _named(state.opt)}
+    about = {"format": FORMAT, "jaxlm": __version__, "step": step, "config": config}
+    items: dict[str, Any] = {n: ocp.args.PyTreeSave(item) for n, item in arrays.items() if item}
+    for name, item in (("data", data), ("config", about)):
+        items[name] = ocp.args.JsonSave(json.loads(json.dumps(item)))  # copied: written later
+    try:
+        # `force`: when to save is our loop's decision alone.
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
+    except (OSError, ValueError) as error:  # the latter is TensorStore's
+        raise _not_saved(path, error) from error
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Wait until the save under way is complete; raises UserError, once, if it failed."""
+    listed, errors = set(manager.all_steps()), []
+    for wait in (manager.wait_until_finished, manager.check_for_errors):  # either may raise
+        try:
+            wait()
+        except Exception as error:
+            errors.append(error)
+    if not errors:
+        return
+    failed = listed - set(manager.all_steps())
+    manager.reload()  # Orbax has struck out the steps that this save was to replace
+    if failed & set(manager.all_steps()):
+        raise cfg.UserError(
+            f"{manager.directory}: older checkpoints cannot be removed: {_reason(errors[0])}"
+        ) from errors[0]
+    raise _not_saved(f"{manager.directory}/{max(failed, default='?')}", errors[0]) from errors[0]
+
+
+def steps(directory: PathLike) -> list[int]:
+    """The complete checkpoints of a directory, oldest first; none where there is no directory."""
+    if not os.path.isdir(directory):
+        return []
+    found = ocp.path.step.standard_name_format().find_all(os.path.abspath(directory))
+    return sorted(metadata.step for metadata in found)
+
+
+def latest(directory: PathLike) -> int | None:
+    """The newest complete checkpoint of a directory."""
+    return max(steps(directory), default=None)
+
+
+def restore_state(where: ocp.CheckpointManager | PathLike, step: int, abstract: State) -> State:
+    """A saved state on the mesh of `abstract` (shapes and shardings, from `abstract_state`).
+
+    All processes must call it. Raises UserError if the checkpoint is missing, damaged, of a newer
+    format, or of another model or optimizer.
+    """
+    directory = where.directory if isinstance(where, ocp.CheckpointManager) else Path(where)
+    config = read_config(directory, step)
+    params = _restore(directory, step, "params", abstract.params, config)
+    fixed = _restore(directory, step, "fixed", abstract.fixed, config)
+    flat = _restore(directory, step, "opt", _named(abstract.opt), config)
+    opt = jax.tree.unflatten(jax.tree.structure(abstract.opt), flat.values())
+    value = np.asarray(step, abstract.step.dtype)
+    counter = jax.make_array_from_callback((), abstract.step.sharding, lambda _: value)
+    return State(counter, params, fixed, opt)
+
+
+def restore_params(
+    directory: PathLike, step: int, params: dict[str, Any], fixed: dict[str, Any]
+) -> tuple[Arrays, Arrays]:
+    """A saved model's (params, fixed) on the mesh of these abstract arrays; reads nothing else.
+
+    All processes must call it. Raises UserError as `restore_state` does.
+    """
+    config = read_config(directory, step)
+    restored = _restore(directory, step, "params", params, config)
+    return restored, _restore(directory, step, "fixed", fixed, config)
+
+
+def read_config(directory: PathLike, step: int | None = None) -> dict[str, Any]:
+    """The resolved config that a checkpoint (None: the newest) was saved with.
+
+    Raises UserError if there is none, if it is damaged, or if it is of a newer format.
+    """
+    step = latest(directory) if step is None else step
+    if step is None:
+        raise cfg.UserError(f"{directory}: no checkpoint there; train first, or check run.dir")
+    about = _read_json(directory, step, "config")
+    version = about.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise cfg.UserError(
+            f"{directory}/{step}: written by jaxlm {about.get('jaxlm')} in checkpoint format "
+            f"{version}; this is jaxlm {__version__}, which knows {FORMAT}; update it"
+        )
+    with _reading(directory, step, "config"):
+        if version != FORMAT or not isinstance(about.get("config"), dict):
+            raise ValueError("its format or config is missing")
+        if about.get("step") != step:
+            raise ValueError(f"it is of step {about.get('step')}: a directory was renamed")
+    return about["config"]
+
+
+def read_data(directory: PathLike, step: int) -> dict[str, Any]:
+    """Where the sample stream stood, and which it was; raises UserError as `read_config` does."""
+    return _read_json(directory, step, "data")
+
+
+def refuse_other_run(
+    run_dir: PathLike, config: cfg.Config, data_facts: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """What changed since the newest checkpoint of a run and alters losses: (key, old, new).
+
+    Raises UserError if the run is of another model, optimizer or tokenizer.
+    """
+    directory = Path(run_dir) / "checkpoints"
+    step = latest(directory)
+    if step is None:
+        return []
+    old = read_config(directory, step)
+    changes = configfile.differences(old, config, "checkpoint")
+    there = read_data(directory, step).get("tokenizer_sha256")
+    here = data_facts["tokenizer_sha256"]
+    if there != here:
+        changes.append(("tokenizer", str(there)[:12], here[:12]))
+    if changes:
+        text = configfile.yaml_text
+        different = _first([f"{key}={text(a)} there, {text(b)} here" for key, a, b in changes])
+        raise cfg.UserError(
+            f"run.dir={run_dir} holds a run of another model: {different}; choose another run.dir"
+        )
+    return configfile.differences(old, config, "numbers")
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their dotted place in it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    assert len(named) == len(leaves)
+    return named
+
+
+def _restore(
+    directory: PathLike, step: int, item: str, abstract: dict[str, Any], config: dict[str, Any]
+) -> Arrays:
+    """The arrays of one item, placed as `abstract` says and in its order."""
+    path = _item(directory, step, item)
+    saved = {}
+    if item != "fixed" or path.is_dir():
+        with _reading(directory, step, item):
+            saved = dict(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+    _compare(f"{directory}/{step}: {item}", saved, abstract, config)
+    if not abstract:
+        return {}
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    restore = ocp.args.PyTreeRestore(abstract, restore_args=arguments)
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    with _reading(directory, step, item), contextlib.closing(reader):
+        arrays = reader.restore(path, args=restore)
+    return {name: arrays[name] for name in abstract}
+
+
+def _compare(what: str, saved: dict, abstract: dict, config: dict[str, Any]) -> None:
+    """Raise UserError naming the first arrays that only one side has or that differ."""
+    kind = lambda array: f"{np.dtype(array.dtype)}{list(array.shape)}"
+    there, here = ({n: kind(x) for n, x in side.items()} for side in (saved, abstract))
+    differ = [
+        f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+        for name in here | there
+        if there.get(name) != here.get(name)
+    ]
+    if differ:
+        name = config.get("optimizer", {}).get("name")
+        raise cfg.UserError(
+            f"{what} does not fit this config: {_first(differ)}; it was saved with "
+            f"optimizer.name={name}: use the config of that run, or another run.dir"
+        )
+
+
+def _read_json(directory: PathLike, step: int, item: str) -> dict[str, Any]:
+    with _reading(directory, step, item):
+        value = ocp.JsonCheckpointHandler().restore(_item(directory, step, item))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+
+
+def _item(directory: PathLike, step: int, item: str) -> Any:
+    """The path of an item: absolute, as TensorStore wants it; Any, as Orbax has its own type."""
+    return Path(os.path.abspath(directory), str(step), item)
+
+
+@contextlib.contextmanager
+def _reading(directory: PathLike, step: int, item: str) -> Iterator[None]:
+    """Report what damaged files make Orbax raise, of any type, as one UserError."""
+    try:
+        yield
+    except (cfg.UserError, jax.errors.JaxRuntimeError, MemoryError):
+        raise  # not about the files
+    except Exception as error:
+        found = steps(directory)
+        if step not in found:
+            has = f"there are steps {', '.join(map(str, found))}" if found else "train first"
+            raise cfg.UserError(f"{directory}: no checkpoint of step {step}; {has}") from error
+        text = (
+            f"{directory}/{step}: {item} cannot be read: {_reason(error)}; there is no older step"
+        )
+        if older := [str(other) for other in found if other < step]:
+            text = text.replace("there is no older step", f"older steps: {', '.join(older)}")
+            text += f"; to resume from {older[-1]}, move {step} away"
+        raise cfg.UserError(text) from error
+
+
+def _not_saved(path: str, error: Exception) -> cfg.UserError:
+    return cfg.UserError(f"{path}: the checkpoint was not saved: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """The cause of an exception in a few words; of TensorStore's essays, the code and the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    code = re.search(r"[^:]+(?= \[os_error_code)", text) or re.match(r"[A-Z_]+(?=: )", text)
+    files = re.findall(r'"(/[^"\\]*)', text)
+    if code and files:
+        text = f"{code[0].strip()} ({files[-1]})"
+    return (text if len(text) <= 200 else text[:200] + "...") or type(error).__name__
+
+
+def _first(differences: list[str]) -> str:
+    more = [f"and {len(differences) - 4} more"] if len(differences) > 4 else []
+    return "; ".join([*differences[:4], *more])

@@ -1,0 +1,231 @@
+"""The command line: arguments in, one function called, one line for a user's mistake."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxlm import __version__
+from jaxlm.config import UserError
+
+OVERRIDES = "key.sub=value: overrides of the config, e.g. mesh.fsdp=8 optimizer.learning_rate=1e-3"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for a user's mistake, 130 for Ctrl-C."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:  # argparse takes positional arguments in one run only; overrides may stand anywhere
+        if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides += rest
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stdout)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"jaxlm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\njaxlm: interrupted; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands; each sets `run`, a function of the arguments."""
+    from jaxlm.data import command
+
+    parser = argparse.ArgumentParser(
+        prog="jaxlm", description="Train language models on any mesh that a config names."
+    )
+    parser.add_argument("--version", action="version", version=f"jaxlm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_generate(commands)
+    command.add_parser(commands)
+    _add_import(commands)
+    _add_export(commands)
+    _add_config(commands)
+    return parser
+
+
+def _command(
+    commands, name: str, run, help_: str, description: str = ""
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help_, description=description or help_[0].upper() + help_[1:] + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_train(commands) -> None:
+    parser = _command(
+        commands, "train", _train, "train, or go on with, the run that a config describes",
+        "Train the run that a config describes. The same command again goes on where it stopped. "
+        "`jaxlm config explain` lists every key with its default and unit.",
+    )  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def _add_eval(commands) -> None:
+    parser = _command(commands, "eval", _eval, "held-out loss of a checkpoint")
+    parser.add_argument("target", metavar="RUN", help="run directory, or the YAML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument("--step", type=int, help="checkpoint to read, steps; None: the newest")
+    parser.add_argument("--split", default="validation", help="split of the dataset at data.path")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_generate(commands) -> None:
+    parser = _command(commands, "generate", _generate, "continue prompts with a trained model")
+    parser.add_argument("target", metavar="RUN", help="run directory, or the YAML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], help="text to continue; repeatable (one batch)")
+    add("--step", type=int, help="checkpoint to read, steps; None: the newest")
+    add("--tokens", type=int, default=128, help="tokens to generate for each prompt")
+    add("--temperature", type=float, default=0.8, help="0: greedy")
+    add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all")
+    add("--top-p", type=float, default=1.0, help="smallest set of tokens with this probability")
+    add("--seed", type=int, default=0, help="seed of the samples")
+    add("--json", action="store_true", help="print one JSON object a prompt")
+
+
+def _add_import(commands) -> None:
+    parser = _command(
+        commands, "import", _import, "make a run directory from Hugging Face weights",
+        "Read config.json and *.safetensors into a run directory, ready for eval, generate, "
+        "export, and checkpoint.start_from of another run.",
+    )  # fmt: skip
+    parser.add_argument("source", metavar="HF_DIR", help="directory with config.json")
+    parser.add_argument("out", metavar="RUN", help="run directory to make")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def _add_export(commands) -> None:
+    parser = _command(commands, "export", _export, "write a checkpoint as a Hugging Face directory")
+    parser.add_argument("target", metavar="RUN", help="run directory, or the YAML file of a run")
+    parser.add_argument("out", metavar="HF_DIR", help="directory to make")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument("--step", type=int, help="checkpoint to read, steps; None: the newest")
+    types = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="float32", choices=types, help="type of the weights")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, gigabytes")
+
+
+def _add_config(commands) -> None:
+    parser = commands.add_parser("config", help="show, check and explain configs")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    for name, run, help_ in (
+        ("show", _show, "the resolved config, with the source of every value"),
+        ("check", _check, "whether the config would run on the devices that it names"),
+    ):
+        action = _command(actions, name, run, help_)
+        action.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
+        action.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    action = _command(actions, "explain", _explain, "meaning, legal values, effect of a key")
+    action.add_argument("key", metavar="KEY", nargs="?", default="", help="key or section")
+
+
+def _start(args, target: str):
+    """The config, with its devices started: nothing before this touches a device."""
+    import jax
+
+    from jaxlm import devices, run
+
+    config = run.load_config(target, args.overrides)
+    devices.start(config.devices)
+    talk = args.run in (_train, _check) and jax.process_index() == 0  # others print their result
+    logging.getLogger("jaxlm").setLevel(logging.INFO if talk else logging.WARNING)
+    return config
+
+
+def _train(args) -> None:
+    config = _start(args, args.config)
+    from jaxlm import train
+
+    train.train(config)
+
+
+def _eval(args) -> None:
+    config = _start(args, args.target)
+    import json
+
+    from jaxlm import evaluate
+
+    result = evaluate.evaluate_run(config, args.step, args.split)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            "  ".join(
+                f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()
+            )
+        )
+
+
+def _generate(args) -> None:
+    config = _start(args, args.target)
+    import json
+
+    from jaxlm import generate, run
+
+    prompts = args.prompt or [""]
+    with run.open_model(config, args.step) as model:
+        texts = generate.generate_text(
+            model.config, model.structure, model.layout, model.mesh, model.params | model.fixed,
+            run.find_tokenizer(config), prompts, tokens=args.tokens,
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+        )  # fmt: skip
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(json.dumps({"prompt": prompt, "text": text}) if args.json else prompt + text)
+
+
+def _import(args) -> None:
+    from jaxlm import interop
+
+    interop.import_run(args.source, args.out, args.overrides)
+    print(f"{args.out} has the weights of {args.source} as step 0")
+
+
+def _export(args) -> None:
+    config = _start(args, args.target)
+    from jaxlm import interop
+
+    interop.export_run(config, args.out, args.step, args.dtype, args.shard_gb)
+    print(f"{args.out} has the weights of {args.target} in {args.dtype}")
+
+
+def _show(args) -> None:
+    from jaxlm import configfile, explain, run, validate
+
+    path = run.config_path(args.config)
+    config, sources = configfile.load_with_sources(path, args.overrides)
+    validate.validate(config)
+    print(explain.show(config, sources), end="")
+
+
+def _check(args) -> None:
+    config = _start(args, args.config)
+    from jaxlm import state
+
+    mesh, _ = state.open_mesh(config)
+    print(f"{args.config}: fits on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+
+
+def _explain(args) -> None:
+    from jaxlm import explain
+
+    print(explain.explain(args.key), end="")

@@ -1,0 +1,21 @@
+"""Data: documents -> tokens -> shards on disk -> packed sequences -> global batches.
+
+sources.py -> tokenize.py -> prepare.py write a dataset; split.py -> pack.py -> load.py read it.
+Only load.py needs jax, and it is not imported here so that `jaxlm data` starts fast.
+"""
+
+from jaxlm.data.prepare import prepare_corpus
+from jaxlm.data.split import Split, check_vocab, open_split, read_manifest
+from jaxlm.data.tokenize import Tokenizer, decode, encode, load_tokenizer
+
+__all__ = [
+    "Split",
+    "Tokenizer",
+    "check_vocab",
+    "decode",
+    "encode",
+    "load_tokenizer",
+    "open_split",
+    "prepare_corpus",
+    "read_manifest",
+]

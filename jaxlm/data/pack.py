@@ -1,0 +1,128 @@
+"""Documents packed into sequences by a seeded index: any item is found by bisection.
+
+Letters: D documents, S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from jaxlm.config import UserError
+from jaxlm.data.split import Split, read_tokens
+
+Item = dict[str, np.ndarray]  # tokens, targets, weights, segments, positions, each of shape (S,)
+FIELDS = {
+    "tokens": np.int32,
+    "targets": np.int32,  # the token after each
+    "weights": np.float32,  # 0: not predicted
+    "segments": np.int32,  # document within the sequence, from 1; 0: padding
+    "positions": np.int32,  # place within the segment
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """A split as one stream of documents, cut into sequences."""
+
+    split: Split
+    sequence_length: int
+    segments: bool
+    num_items: int
+    shard_D: np.ndarray  # which shard holds each document of the stream
+    start_D: np.ndarray  # where it starts there
+    ends_D: np.ndarray  # where it ends in the stream
+
+
+def pack(split: Split, sequence_length: int, seed: int, segments: bool = True) -> Packed:
+    """Documents in a seeded order; a last part that fills no sequence is left out."""
+    num_items = (split.tokens - 1) // sequence_length
+    if num_items < 1:
+        raise UserError(
+            f"data.path={split.path}: split {split.name} has {split.tokens} tokens, fewer than"
+            f" batch.sequence_length + 1 = {sequence_length + 1}"
+        )
+    # Raw bits, since NumPy promises their stream for all versions but not that of permutation().
+    order_D = np.argsort(np.random.PCG64(seed).random_raw(split.documents), kind="stable")
+    return _packed(split, sequence_length, segments, num_items, order_D)
+
+
+def evaluation_items(split: Split, sequence_length: int, segments: bool = True) -> Packed:
+    """Documents in their order, every token but the first predicted once, the last item padded."""
+    if split.tokens < 2:
+        raise UserError(
+            f"data.path={split.path}: split {split.name} has 1 token, nothing to predict"
+        )
+    num_items = -(-(split.tokens - 1) // sequence_length)
+    order_D = np.arange(split.documents)
+    return _packed(split, sequence_length, segments, num_items, order_D)
+
+
+def _packed(
+    split: Split, sequence_length: int, segments: bool, num_items: int, order_D: np.ndarray
+) -> Packed:
+    """Lay out the stream for an order of documents."""
+    starts = [np.concatenate([[0], shard.ends_D[:-1]]) for shard in split.shards]
+    lengths = [np.diff(shard.ends_D, prepend=0) for shard in split.shards]
+    shards = [np.full(len(each), index, np.int32) for index, each in enumerate(starts)]
+    return Packed(
+        split=split,
+        sequence_length=sequence_length,
+        segments=segments,
+        num_items=num_items,
+        shard_D=np.concatenate(shards)[order_D],
+        start_D=np.concatenate(starts)[order_D],
+        ends_D=np.cumsum(np.concatenate(lengths)[order_D]),
+    )
+
+
+def item(packed: Packed, index: int) -> Item:
+    """Make item i: tokens i*S to i*S + S of the stream, and what follows each."""
+    length = packed.sequence_length
+    begin = index * length
+    end = min(begin + length + 1, int(packed.ends_D[-1]))
+    first, last = np.searchsorted(packed.ends_D, [begin, end - 1], side="right")
+    text = _gather(packed, begin, end, int(first), int(last))
+    starts = packed.ends_D[first:last] - begin  # in the window, where another document starts
+    made = padding(length)
+    count = len(text) - 1
+    made["tokens"][:count] = text[:-1]
+    made["targets"][:count] = text[1:]
+    made["weights"][:count] = 1.0
+    # One separator in both roles is the end of the document before; any other first token of a
+    # document cannot be told from what precedes it.
+    if packed.split.bos is None or packed.split.bos != packed.split.eos:
+        made["weights"][starts - 1] = 0.0
+    if not packed.segments:
+        starts = starts[:0]
+    starts = np.concatenate([[0], starts[starts < count]])
+    lengths = np.diff(starts, append=count)
+    made["segments"][:count] = np.repeat(np.arange(1, len(starts) + 1), lengths)
+    made["positions"][:count] = np.arange(count) - np.repeat(starts, lengths)
+    return made
+
+
+def padding(sequence_length: int) -> Item:
+    """An item that counts for nothing."""
+    return {name: np.zeros(sequence_length, dtype) for name, dtype in FIELDS.items()}
+
+
+def _gather(packed: Packed, begin: int, end: int, first: int, last: int) -> np.ndarray:
+    """Copy tokens [begin, end) of the stream, which are in documents first to last."""
+    split, pieces = packed.split, []
+    for document in range(first, last + 1):
+        shard = split.shards[packed.shard_D[document]]
+        start = int(packed.ends_D[document - 1]) if document else 0
+        stop = int(packed.ends_D[document])
+        offset = int(packed.start_D[document]) - start  # from the stream to the shard
+        low, high = max(begin, start) + offset, min(end, stop) + offset
+        tokens = read_tokens(shard, low, high)
+        if tokens.max() >= split.vocab_size:
+            bad = int(np.argmax(tokens >= split.vocab_size))
+            raise UserError(
+                f"{shard.file}: token {int(tokens[bad])} at offset {low + bad} is beyond the"
+                f" vocabulary of {split.vocab_size}; the file is damaged, prepare the data again"
+            )
+        pieces.append(tokens)
+    return np.concatenate(pieces)

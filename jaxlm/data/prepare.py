@@ -1,0 +1,344 @@
+"""Write a corpus as a directory of token shards, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.config import UserError
+from jaxlm.data import sources
+from jaxlm.data.sources import Document
+from jaxlm.data.tokenize import (
+    Tokenizer,
+    encode_batch,
+    load_tokenizer,
+    make_bytes,
+    make_characters,
+    separate,
+    train_bpe,
+)
+
+FORMAT = 1  # of manifest.json
+SPLITS = ("train", "validation")
+SHARD_TOKENS = 1 << 27  # 256 MiB of uint16; also what is held in memory
+BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer's threads at once
+REPORT_EVERY = 10.0  # seconds between lines of progress
+CORPORA = ("python-stdlib",)
+
+Report = Callable[[str], object]
+Source = Callable[[], Iterator[tuple[str, Document]]]  # (split, document); read once or twice
+say: Report = functools.partial(print, flush=True)
+
+
+def prepare(
+    out: str | os.PathLike,
+    inputs: Sequence[str | os.PathLike],
+    tokenizer: str = "bpe",  # bpe | bytes | characters | a tokenizer.json or its directory
+    *,
+    vocab_size: int = 8192,  # bpe only, tokens
+    validation_fraction: float = 0.01,  # of the documents
+    validation_inputs: Sequence[str | os.PathLike] = (),  # held out instead of a fraction
+    split_within: bool = False,  # the fraction is cut from the end of each document
+    text_field: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+    seed: int = 0,  # which documents are held out
+    bos: str = "auto",
+    eos: str = "auto",
+    overwrite: bool = False,
+    report: Report = say,
+) -> dict[str, Any]:
+    """Tokenize files into the directory `out` and return its manifest."""
+    _check_options(validation_fraction, shard_tokens, validation_inputs, split_within)
+    files = sources.find_files(inputs, report)
+    held_out = sources.find_files(validation_inputs, report) if validation_inputs else []
+    twice = {os.path.realpath(file.path) for file in files}
+    for file in held_out:
+        if os.path.realpath(file.path) in twice:
+            raise UserError(f"--validation={file.path} is among the training inputs too")
+    fraction = 0.0 if held_out else validation_fraction
+
+    def source() -> Iterator[tuple[str, Document]]:
+        documents = sources.read_documents(files, text_field)
+        yield from _assign(documents, fraction, seed, split_within)
+        yield from (("validation", each) for each in sources.read_documents(held_out, text_field))
+
+    make = functools.partial(make_tokenizer, tokenizer, source, vocab_size, bos, eos)
+    return _write(Path(out), source, make, shard_tokens, overwrite, report)
+
+
+def prepare_corpus(
+    name: str, out: str | os.PathLike, *, overwrite: bool = False, report: Report = say
+) -> dict[str, Any]:
+    """Write a built-in corpus, 8192 BPE tokens, about 2 % of its files held out."""
+    if name not in CORPORA:
+        raise UserError(f"data.corpus={name}: no such corpus; there is {' '.join(CORPORA)}")
+
+    def source() -> Iterator[tuple[str, Document]]:
+        yield from _assign(sources.python_stdlib(), 0.02, 0, False)
+
+    make = functools.partial(make_tokenizer, "bpe", source, 8192)
+    manifest = Path(out, "manifest.json")
+    existed = manifest.is_file()
+    report(f"preparing {name} in {out}")
+    try:
+        return _write(Path(out), source, make, SHARD_TOKENS, overwrite, report)
+    except UserError:
+        if existed or not manifest.is_file():
+            raise
+        return json.loads(manifest.read_bytes())  # another process was faster
+
+
+def _check_options(
+    fraction: float, shard_tokens: int, validation_inputs: Sequence, split_within: bool
+) -> None:
+    if not 0.0 <= fraction < 1.0:
+        raise UserError(f"--validation-fraction={fraction} is not in [0, 1)")
+    if shard_tokens < 1:
+        raise UserError(f"--shard-tokens={shard_tokens} is below 1; e.g. {SHARD_TOKENS}")
+    if validation_inputs and split_within:
+        raise UserError("--validation and --split-within exclude each other; use one")
+
+
+def _assign(
+    documents: Iterable[Document], fraction: float, seed: int, split_within: bool
+) -> Iterator[tuple[str, Document]]:
+    """Give each document its split, by a seeded hash of its id, or cut each in two."""
+    for document in documents:
+        if split_within:
+            cut = int(len(document.text) * (1 - fraction))
+            yield "train", Document(document.id, document.text[:cut])
+            yield "validation", Document(document.id, document.text[cut:])
+            continue
+        digest = hashlib.sha256(f"{seed}:{document.id}".encode(errors="surrogatepass")).digest()
+        held_out = int.from_bytes(digest[:8]) < fraction * 2.0**64
+        yield "validation" if held_out else "train", document
+
+
+def make_tokenizer(
+    name: str, source: Source, vocab_size: int, bos: str = "auto", eos: str = "auto"
+) -> Tokenizer:
+    """The tokenizer that a name or path stands for; bpe learns from the training split only."""
+    if name == "bpe":
+        texts = (document.text for split, document in source() if split == "train")
+        return train_bpe(texts, vocab_size)
+    if name == "bytes":
+        return make_bytes()
+    if name == "characters":
+        return make_characters(document.text for _, document in source())
+    return load_tokenizer(name, bos=bos, eos=eos)
+
+
+def _write(
+    out: Path,
+    source: Source,
+    make: Callable[[], Tokenizer],
+    shard_tokens: int,
+    overwrite: bool,
+    report: Report,
+) -> dict[str, Any]:
+    """Build a dataset beside `out` and move it there when it is whole."""
+    with _staged(out, overwrite) as directory:
+        tokenizer = make()
+        report(f"tokenizer: {tokenizer.vocab_size} tokens")
+        _write_file(directory / "tokenizer.json", tokenizer.data)
+        splits = _write_splits(directory, source, tokenizer, shard_tokens, report)
+        manifest = {
+            "format": FORMAT,
+            "tokenizer_sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "bos": tokenizer.bos,
+            "eos": tokenizer.eos,
+            "dtype": _dtype(tokenizer).name,
+            "splits": splits,
+        }
+        _report_splits(splits, report)
+        _write_file(directory / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+    return manifest
+
+
+def _report_splits(splits: dict[str, Any], report: Report) -> None:
+    """Say what was written; refuse a dataset without training tokens."""
+    for split, facts in splits.items():
+        ratio = facts["bytes"] / max(facts["tokens"], 1)
+        report(
+            f"{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents,"
+            f" {facts['bytes']:,} bytes, {ratio:.2f} bytes per token"
+        )
+    if not splits["train"]["tokens"]:
+        raise UserError(
+            "the training split would be empty: the inputs have no text, or their only document"
+            " was held out; use --split-within, or a smaller --validation-fraction"
+        )
+    if not splits["validation"]["tokens"]:
+        report(
+            "the validation split is empty; to have one raise --validation-fraction, name files"
+            " with --validation, or cut documents with --split-within"
+        )
+
+
+def _write_splits(
+    directory: Path, source: Source, tokenizer: Tokenizer, shard_tokens: int, report: Report
+) -> dict[str, Any]:
+    """Encode every document and write the shards of all splits in one pass."""
+    pending: dict[str, list[tuple[np.ndarray, int]]] = {split: [] for split in SPLITS}
+    filled: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    shards: dict[str, list[dict]] = {split: [] for split in SPLITS}
+
+    def flush(split: str) -> None:
+        if pending[split]:
+            name = f"{split}-{len(shards[split]):05d}"
+            shards[split].append(_write_shard(directory, name, pending[split], _dtype(tokenizer)))
+            pending[split].clear()
+            filled[split] = 0
+
+    for split, tokens, size in _progress(_encoded(source(), tokenizer), report):
+        if filled[split] + len(tokens) > shard_tokens:
+            flush(split)  # a document never spans shards
+        pending[split].append((tokens, size))
+        filled[split] += len(tokens)
+    for split in SPLITS:
+        flush(split)
+    totals = ("tokens", "documents", "bytes")
+    return {
+        split: {"shards": shards[split]}
+        | {total: sum(shard[total] for shard in shards[split]) for total in totals}
+        for split in SPLITS
+    }
+
+
+def _encoded(
+    documents: Iterator[tuple[str, Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Encode documents in batches: (split, tokens, bytes of text)."""
+    dtype = _dtype(tokenizer)
+    for batch in _batched(documents):
+        try:
+            encoded = encode_batch(tokenizer, [document.text for _, document in batch])
+        except UserError as error:
+            raise UserError(f"{batch[0][1].id} to {batch[-1][1].id}: {error}") from None
+        for (split, document), ids in zip(batch, encoded, strict=True):
+            yield split, separate(tokenizer, ids).astype(dtype), len(document.text.encode())
+
+
+def _batched(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    """Group documents that are not empty to about BATCH_CHARACTERS."""
+    batch, size = [], 0
+    for split, document in documents:
+        if not document.text:
+            continue
+        batch.append((split, document))
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _progress(
+    encoded: Iterable[tuple[str, np.ndarray, int]], report: Report
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Pass documents on, with a line of totals every few seconds."""
+    start = last = time.monotonic()
+    documents = tokens = size = 0
+    for split, ids, length in encoded:
+        documents, tokens, size = documents + 1, tokens + len(ids), size + length
+        if (now := time.monotonic()) - last > REPORT_EVERY:
+            rate = size / 1e6 / (now - start)
+            report(f"{documents:,} documents, {tokens:,} tokens, {rate:.1f} MB/s")
+            last = now
+        yield split, ids, length
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size < 65536 else np.uint32)
+
+
+def _write_shard(
+    directory: Path, name: str, documents: list[tuple[np.ndarray, int]], dtype: np.dtype
+) -> dict[str, Any]:
+    """Write the tokens of documents and where each ends; return what the manifest says of it."""
+    tokens = np.concatenate([ids for ids, _ in documents]).astype(dtype, copy=False)
+    ends = np.cumsum([len(ids) for ids, _ in documents], dtype=np.int64)
+    return {
+        "file": f"{name}.npy",
+        "tokens": len(tokens),
+        "documents": len(ends),
+        "bytes": sum(size for _, size in documents),
+        "sha256": _save(directory / f"{name}.npy", tokens),
+        "documents_sha256": _save(directory / f"{name}.documents.npy", ends),
+    }
+
+
+def _save(file: Path, array: np.ndarray) -> str:
+    """Write an array, flushed to the disk, and return the SHA-256 of the file."""
+    with open(file, "wb+") as handle:
+        np.save(handle, array, allow_pickle=False)
+        handle.flush()
+        os.fsync(handle.fileno())
+        handle.seek(0)
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write_file(file: Path, data: bytes) -> None:
+    with open(file, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of `out` that takes its place when the block ends well."""
+    final = Path(os.path.realpath(out))
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"  # several hosts may share the disk
+    temporary = final.with_name(f".{final.name}.preparing-{unique}")
+    try:
+        _check_free(out, overwrite)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync_directory(temporary)
+        _check_free(out, overwrite)
+        old = final.with_name(f".{final.name}.replaced-{unique}")
+        if overwrite and final.exists():
+            os.rename(final, old)
+        os.rename(temporary, final)
+        _sync_directory(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Refuse a directory that holds something, but for a dataset that may be overwritten."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out={out} is a file; name a directory that does not exist")
+    if not any(out.iterdir()):
+        return
+    if not (out / "manifest.json").is_file():
+        raise UserError(f"--out={out} is not empty and no dataset; name a new directory")
+    if not overwrite:
+        raise UserError(f"--out={out} holds a dataset; name another, or use --overwrite")

@@ -1,0 +1,92 @@
+"""Devices: starting them (simulated or distributed), and facts about each kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+from jax.sharding import Mesh
+
+from jaxlm import config as cfg
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Facts about one kind of device; peaks are per chip, dense."""
+
+    name: str
+    bf16_flops: float  # FLOP/s; 0: not known, so no MFU
+    hbm_bytes: float  # capacity
+    compiler_options: tuple[tuple[str, str | int | bool], ...] = ()
+
+
+# Windowed einsum splits fsdp matmuls into many small ones; off, small groups are 1.7x faster.
+_TPU = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),)
+_TPU_V6E = _TPU + (("xla_tpu_scoped_vmem_limit_kib", "98304"),)
+# Matched in order against the device kind that jax reports, lower case.
+KINDS = (
+    ("tpu v4", Kind("TPU v4", 275e12, 32e9, _TPU)),
+    ("tpu v5 lite", Kind("TPU v5e", 197e12, 16e9, _TPU)),
+    ("tpu v5e", Kind("TPU v5e", 197e12, 16e9, _TPU)),
+    ("tpu v5", Kind("TPU v5p", 459e12, 95e9, _TPU)),
+    ("tpu v6", Kind("TPU v6e", 918e12, 32e9, _TPU_V6E)),
+    ("tpu7x", Kind("TPU7x", 2307e12 / 2, 96e9, _TPU)),  # jax shows its two cores as devices
+    ("tpu", Kind("TPU", 0, 0, _TPU)),
+    ("a100", Kind("A100", 312e12, 80e9)),
+    ("h100", Kind("H100", 989e12, 80e9)),
+    ("h200", Kind("H200", 989e12, 141e9)),
+    ("b200", Kind("B200", 2250e12, 180e9)),
+)
+
+
+def kind(mesh: Mesh) -> Kind:
+    """Facts about the mesh's devices; unknown kinds have no peak and no options."""
+    name = mesh.devices.flat[0].device_kind.lower()
+    for pattern, facts in KINDS:
+        if pattern in name:
+            return facts
+    return Kind(name, 0, 0)
+
+
+def start(devices: cfg.Devices) -> None:
+    """Simulate CPU devices and join the other processes, before anything touches a device."""
+    if devices.simulate:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices.simulate)
+    if jax.distributed.is_initialized():
+        return
+    if devices.coordinator:
+        _join(
+            coordinator_address=devices.coordinator,
+            num_processes=devices.num_processes,
+            process_id=devices.process_id,
+        )
+    elif launcher():
+        _join()  # jax reads the launcher's variables itself
+
+
+def _join(**settings) -> None:
+    """Set up jax.distributed; CPU processes talk through gloo."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(**settings)
+    except (RuntimeError, ValueError) as error:
+        where = settings.get("coordinator_address", launcher())
+        raise cfg.UserError(
+            f"devices.coordinator={where}: could not join the other processes: "
+            + " ".join(str(error).split())
+        ) from error
+
+
+def launcher(environ=os.environ) -> str:
+    """The launcher that started several processes of this job: slurm, openmpi, tpu, or ''."""
+    number = lambda name: int(environ.get(name) or 0)
+    if number("OMPI_COMM_WORLD_SIZE") > 1:
+        return "openmpi"
+    if "SLURM_STEP_NODELIST" in environ and number("SLURM_NTASKS") > 1:
+        return "slurm"
+    hosts = environ.get("TPU_WORKER_HOSTNAMES") or environ.get("TPU_PROCESS_ADDRESSES") or ""
+    if "," in hosts or number("MEGASCALE_NUM_SLICES") > 1:
+        return "tpu"
+    return ""

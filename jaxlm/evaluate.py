@@ -1,0 +1,71 @@
+"""Held-out loss: every token of a split predicted once, the same on every mesh.
+
+Shapes: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+
+from jaxlm import config as cfg
+from jaxlm import devices, run
+from jaxlm.data import Split, check_vocab, open_split
+from jaxlm.data.load import evaluation_batches
+from jaxlm.loss import batch_losses
+from jaxlm.sharding import Layout, batch_shardings
+from jaxlm.state import Arrays, Structure
+
+
+def make_eval_step(config: cfg.Config, structure: Structure, layout: Layout, options: dict):
+    """jit(params, fixed, batch) -> (loss, weight) of each row, float32 [B], on every device."""
+
+    def eval_step(params: Arrays, fixed: Arrays, batch: Arrays):
+        model = structure.merge(params, fixed)
+        nll_BS, _, _ = batch_losses(config, model, batch, layout)
+        weights_BS = batch["weights"]
+        rows = jnp.sum(nll_BS * weights_BS, axis=1), jnp.sum(weights_BS, axis=1)
+        return tuple(reshard(row_B, P(None)) for row_B in rows)
+
+    return jax.jit(eval_step, compiler_options=options)
+
+
+def evaluate(eval_step, params: Arrays, fixed: Arrays, batches: Iterable, split: Split) -> dict:
+    """loss (nats per token), perplexity, bits_per_byte and tokens over these batches.
+
+    Row sums are added in float64. When the batches are a part of the split, its bytes are taken in
+    proportion to the tokens.
+    """
+    rows = [eval_step(params, fixed, batch) for batch in batches]
+    total, tokens = (
+        float(sum(np.sum(np.asarray(row[i], np.float64)) for row in rows)) for i in (0, 1)
+    )
+    if not tokens:
+        raise cfg.UserError(f"data.path={split.path}: split {split.name} has nothing to predict")
+    loss = total / tokens
+    length = split.bytes * min(1.0, tokens / max(1, split.tokens - 1))
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": total / math.log(2) / length if length else math.nan,
+        "tokens": int(tokens),
+    }
+
+
+def evaluate_run(config: cfg.Config, step: int | None, split_name: str) -> dict:
+    """Evaluate a run's checkpoint on a whole split, on the mesh that the config names."""
+    split = open_split(config.data.path, split_name)
+    check_vocab(split, config.model.vocab_size)
+    with run.open_model(config, step) as model:
+        options = dict(devices.kind(model.mesh).compiler_options)
+        eval_step = make_eval_step(config, model.structure, model.layout, options)
+        shardings = batch_shardings(config, model.layout, model.mesh)
+        batches = evaluation_batches(split, config.batch, shardings, segments=config.data.segments)
+        result = evaluate(eval_step, model.params, model.fixed, batches, split)
+        return {"step": model.step, "split": split_name, **result}

@@ -1,0 +1,72 @@
+"""Cross-entropy over a vocabulary that may be sharded; full logits are never held.
+
+Shapes: B batch, S sequence, N chunks, s tokens of a chunk, D embed, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxlm import config as cfg
+from jaxlm.models.decoder import Decoder, logits
+from jaxlm.sharding import Layout
+
+
+def batch_losses(config: cfg.Config, model: Decoder, batch: dict, layout: Layout):
+    """-log p(target), log(Z)^2 of every token, float32 [B, S], and the aux of the forward pass."""
+    hidden_BSD, _, aux = model(batch["tokens"], batch["positions"], batch.get("segments"), layout)
+    nll_BS, z_BS = token_losses(
+        hidden_BSD, model.head_weight(layout), batch["targets"], config.model, layout,
+        config.loss.chunks,
+    )  # fmt: skip
+    return nll_BS, z_BS, aux
+
+
+def token_losses(hidden_BSD, head_VD, targets_BS, model: cfg.Model, layout: Layout, chunks: int):
+    """-log p(target) and log(Z)^2 of every token, float32 [B, S] each.
+
+    The head runs chunk by chunk under remat: at any time the logits of one chunk exist.
+    """
+
+    # float32 here is the type in which the gradients of all chunks are summed.
+    dtype, head_VD = head_VD.dtype, head_VD.astype(jnp.float32)
+
+    @jax.checkpoint
+    def one(hidden_BsD, targets_Bs):
+        scores_BsV = logits(hidden_BsD, head_VD.astype(dtype), model)
+        top_Bs = jax.lax.stop_gradient(jnp.max(scores_BsV, -1))
+        log_z_Bs = top_Bs + jnp.log(jnp.sum(jnp.exp(scores_BsV - top_Bs[..., None]), -1))
+        # A gather along a sharded vocabulary would replicate it: a masked sum does not.
+        hit_BsV = targets_Bs[..., None] == jnp.arange(scores_BsV.shape[-1])
+        score_Bs = jnp.sum(jnp.where(hit_BsV, scores_BsV, 0.0), -1)
+        return log_z_Bs - score_Bs, log_z_Bs**2
+
+    if chunks == 1:
+        return one(hidden_BSD, targets_BS)
+    step = lambda _, chunk: (None, one(*chunk))
+    split = lambda x: _split(x, chunks, layout)
+    _, outputs = jax.lax.scan(step, None, (split(hidden_BSD), split(targets_BS)))
+    return tuple(_join(x_NBs, layout) for x_NBs in outputs)
+
+
+def _split(x, chunks: int, layout: Layout):
+    """[B, S, ...] -> [N, B, S/N, ...]; a device keeps its own part of the sequence in each."""
+    batch, length, *rest = x.shape
+    ways = layout.size("seq")
+    b, s, *r = jax.typeof(x).sharding.spec
+    shape = (batch, ways, chunks, length // (ways * chunks), *rest)
+    x = jnp.reshape(x, shape, out_sharding=P(b, s, None, None, *r))
+    x = jnp.moveaxis(x, 2, 0)
+    return jnp.reshape(x, (chunks, batch, length // chunks, *rest), out_sharding=P(None, b, s, *r))
+
+
+def _join(x_NBs, layout: Layout):
+    """The inverse of `_split` for [N, B, s]."""
+    chunks, batch, size = x_NBs.shape
+    ways = layout.size("seq")
+    _, b, s = jax.typeof(x_NBs).sharding.spec
+    shape = (chunks, batch, ways, size // ways)
+    x = jnp.moveaxis(jnp.reshape(x_NBs, shape, out_sharding=P(None, b, s, None)), 0, 2)
+    return jnp.reshape(x, (batch, chunks * size), out_sharding=P(b, s))

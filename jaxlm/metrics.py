@@ -1,0 +1,239 @@
+"""What a run tells: metrics.jsonl, a progress line, TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.live import Live
+
+from jaxlm import config as cfg
+from jaxlm import devices
+from jaxlm.sharding import Layout
+from jaxlm.state import Structure
+
+PLAIN_INTERVAL = 2.0  # seconds between progress lines when the output is not a terminal
+
+
+def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int) -> float:
+    """FLOPs of one trained token: 6 per matmul parameter, and causal attention.
+
+    6N + 6 L H C S, with N without the embedding table, which is looked up (tied, it is the head).
+    """
+    matmul = sum(
+        math.prod(shape)
+        for name, shape in structure.shapes.items()
+        if "embed" in structure.dims[name].split() and name != "positions"
+    )
+    if not model.tie_embeddings:
+        matmul -= math.prod(structure.shapes["embed"])
+    attention = model.num_layers * model.num_heads * model.head_dim * sequence_length
+    return 6.0 * (matmul + attention)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """The open outputs of one run; on processes other than 0 they say nothing."""
+
+    say: Callable[[str], None]  # a line that stays
+    step: Callable[[tuple[int, dict] | None], None]  # (step, values of its metrics)
+    evaluation: Callable[[int, dict[str, float]], None]
+    samples: Callable[[int, list[tuple[str, str]]], None]
+    paused: Callable[[], contextlib.AbstractContextManager]  # time inside is not a step's
+
+
+@contextlib.contextmanager
+def open_log(
+    config: cfg.Config, structure: Structure, mesh: Mesh, run_dir: Path, start: int
+) -> Iterator[Log]:
+    """Open a run's outputs to go on from step `start`; records of later steps are dropped."""
+    with contextlib.ExitStack() as stack:
+        say, progress, sinks, keep_sample = _outputs(config, run_dir, start, stack)
+        describe = describer(config, structure, mesh)
+        step_tokens = config.batch.sequences * config.batch.sequence_length
+        clock = {"time": time.monotonic(), "step": start}
+
+        def step(values: tuple[int, dict] | None) -> None:
+            if values is None:
+                return
+            done, numbers = values[0], {k: float(v) for k, v in values[1].items()}
+            if done % config.log.every and done not in (start + 1, config.steps):
+                return
+            seconds = (time.monotonic() - clock["time"]) / (done - clock["step"])
+            clock.update(time=time.monotonic(), step=done)
+            record = {"step": done, **numbers, "tokens": done * step_tokens}
+            record |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
+            for sink in sinks:
+                sink(record)
+            progress(describe(record))
+
+        def evaluation(done: int, result: dict[str, float]) -> None:
+            for sink in sinks:
+                sink({"step": done} | {f"eval/{name}": value for name, value in result.items()})
+            loss, bits = result["loss"], result["bits_per_byte"]
+            say(f"step {done}  validation loss {loss:.4f}  bits per byte {bits:.4f}")
+
+        def samples(done: int, texts: list[tuple[str, str]]) -> None:
+            for prompt, text in texts:
+                keep_sample({"step": done, "prompt": prompt, "text": text})
+            say(f"step {done}  sample {texts[0][0] + texts[0][1]!r}")
+
+        @contextlib.contextmanager
+        def paused() -> Iterator[None]:
+            begin = time.monotonic()
+            yield
+            clock["time"] += time.monotonic() - begin
+
+        yield Log(say, step, evaluation, samples, paused)
+
+
+def _outputs(config: cfg.Config, run_dir: Path, start: int, stack: contextlib.ExitStack):
+    """(say, progress, sinks of metrics, sink of samples) of this process."""
+    if jax.process_index() != 0:
+        silent = lambda _: None
+        return silent, silent, [], silent
+    metrics, samples = (
+        stack.enter_context(_reopen(run_dir / name, start))
+        for name in ("metrics.jsonl", "samples.jsonl")
+    )
+    sinks = [lambda record: _append(metrics, record)]
+    if config.log.tensorboard:
+        sinks.append(_tensorboard(run_dir, stack))
+    if config.log.wandb:
+        sinks.append(_wandb(config, run_dir, stack))
+    return *_screen(stack), sinks, lambda record: _append(samples, record)
+
+
+def _reopen(path: Path, start: int) -> TextIO:
+    """Open a JSON Lines file for appending, without the records after step `start`."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if _step(line) <= start]
+        if kept != lines:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
+    return path.open("a")
+
+
+def _step(line: str) -> float:
+    """The step of a record; a line that was cut off by a kill counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _append(file: TextIO, record: dict[str, Any]) -> None:
+    finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+    file.write(json.dumps({k: finite(v) for k, v in record.items()}, allow_nan=False) + "\n")
+    file.flush()
+
+
+def _screen(stack: contextlib.ExitStack):
+    """A line that is replaced on a terminal; plain lines, now and then, elsewhere."""
+    if not sys.stdout.isatty():
+        last = [-math.inf]
+
+        def plain(text: str) -> None:
+            if time.monotonic() - last[0] >= PLAIN_INTERVAL:
+                last[0] = time.monotonic()
+                print(text, flush=True)
+
+        return lambda text: print(text, flush=True), plain
+    console = Console(highlight=False, markup=False)
+    live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True))
+    show = lambda text: live.update(text, refresh=True)
+    return lambda text: console.print(text, soft_wrap=True), show
+
+
+def _tensorboard(run_dir: Path, stack: contextlib.ExitStack):
+    try:
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise cfg.UserError(
+            "log.tensorboard=true needs tensorboardX: pip install 'jaxlm[tensorboard]'"
+        ) from error
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+    stack.callback(writer.close)
+
+    def write(record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(name, value, record["step"])
+
+    return write
+
+
+def _wandb(config: cfg.Config, run_dir: Path, stack: contextlib.ExitStack):
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise cfg.UserError("log.wandb=true needs wandb: pip install 'jaxlm[wandb]'") from error
+    run = wandb.init(
+        project="jaxlm", name=config.name, dir=str(run_dir), config=dataclasses.asdict(config)
+    )
+    stack.callback(run.finish)
+    return lambda record: run.log(dict(record), step=record["step"])
+
+
+def describer(config: cfg.Config, structure: Structure, mesh: Mesh):
+    """record -> the progress line: loss, speed, MFU where the peak is known, time left, end."""
+    flops = flops_per_token(config.model, structure, config.batch.sequence_length)
+    peak = devices.kind(mesh).bf16_flops * mesh.size  # FLOP/s
+
+    def describe(record: dict[str, Any]) -> str:
+        rate = record["tokens_per_second"]
+        left = (config.steps - record["step"]) * record["step_seconds"]
+        end = datetime.datetime.now() + datetime.timedelta(seconds=left)
+        mfu = f" MFU {rate * flops / peak:.1%}" if peak else ""
+        return (
+            f"step {record['step']}/{config.steps} loss {record['loss']:.4f}"
+            f" norm {record['grad_norm']:.2f} lr {record['learning_rate']:.1e}"
+            f" {rate:,.0f} tok/s{mfu} left {_duration(left)}"
+            f" ends {end:{'%H:%M' if left < 43200 else '%a %d %b %H:%M'}}"
+        )
+
+    return describe
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def describe_run(config, mesh: Mesh, layout: Layout, structure: Structure, start: int) -> str:
+    """One line: how large, where, and from which step."""
+    count = sum(math.prod(shape) for shape in structure.shapes.values())
+    axes = " x ".join(f"{axis}={size}" for axis, size in layout.axes if size > 1) or "one device"
+    kind = devices.kind(mesh).name
+    come = f", resumed at step {start}" if start else ""
+    return (
+        f"{config.name}: {count / 1e6:.2f}M parameters, {mesh.size} x {kind} ({axes}), "
+        f"{jax.process_count()} process(es), {layout.compute}, {config.steps} steps of "
+        f"{config.batch.sequences} x {config.batch.sequence_length} tokens{come}"
+    )
+
+
+def closing_words(config: cfg.Config, run_dir: Path, start: int) -> str:
+    """What was made and what to try next."""
+    if start >= config.steps:
+        return f"{run_dir} is at step {start} already; set steps={2 * start} to go on"
+    return (
+        f"done: {run_dir} has metrics.jsonl, samples.jsonl and checkpoints. Try next:\n"
+        f"  jaxlm generate {run_dir} --prompt 'def main('\n"
+        f"  jaxlm eval {run_dir}\n"
+        f"  jaxlm export {run_dir} {run_dir}/hugging-face"
+    )

@@ -1,0 +1,232 @@
+"""Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv:2302.13971).
+
+Shapes: B batch, S sequence, D embed, H query heads, K kv heads, C head_dim, F mlp.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm import attention
+from jaxlm import config as cfg
+from jaxlm.models.layers import (
+    RMSNorm,
+    normal,
+    rotary_frequencies,
+    rotary_table,
+    rotate,
+    stretch_llama3,
+)
+from jaxlm.sharding import Layout
+
+COMMON = "recompiles numbers"
+Norm = RMSNorm
+
+
+@cfg.section
+class Config(cfg.Model):
+    """The keys of `model:` when model.family is llama."""
+
+    rope_theta: float = cfg.key(10000.0, "base of the rotary wavelengths", changes=COMMON)
+    rope_scaling: str = cfg.key(
+        "none",
+        "llama3: stretch long wavelengths (Llama 3.1)",
+        choices=("none", "llama3"),
+        changes=COMMON,
+    )
+    rope_factor: float = cfg.key(8.0, "llama3: stretch of long wavelengths", changes=COMMON)
+    rope_low_freq_factor: float = cfg.key(
+        1.0, "llama3: wavelengths over original / this are stretched", changes=COMMON
+    )
+    rope_high_freq_factor: float = cfg.key(
+        4.0, "llama3: wavelengths under original / this are kept", changes=COMMON
+    )
+    rope_original_length: int = cfg.key(
+        8192, "llama3: context of the first training, tokens", changes=COMMON
+    )
+
+
+def groups(config: Config) -> list[tuple[tuple[type, ...], int]]:
+    """Layers as (pattern of blocks, repeats)."""
+    return [((Block,), config.num_layers)]
+
+
+def learned_positions(config: Config) -> int:
+    """Length of the learned position table: there is none."""
+    return 0
+
+
+def encode_positions(config: Config, positions_BS: jax.Array):
+    """What every block needs to know of the positions: cosines and sines."""
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
+    if config.rope_scaling == "llama3":
+        frequencies = [
+            stretch_llama3(
+                f, config.rope_factor, config.rope_low_freq_factor, config.rope_high_freq_factor,
+                config.rope_original_length,
+            )
+            for f in frequencies
+        ]  # fmt: skip
+    return rotary_table(positions_BS, jnp.asarray(np.array(frequencies, np.float32)))
+
+
+class Block(nnx.Module):
+    """Attention and a gated MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: Config, layout: Layout, key: jax.Array):
+        c, keys = config, jax.random.split(key, 5)
+        std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
+        qkv = (c.embed_dim, c.num_heads, c.head_dim)
+        self.softcap = c.attention_softcap
+        self.attention_norm = RMSNorm(c, layout)
+        self.q = layout.param(normal(keys[0], std), qkv, "embed heads head_dim")
+        self.kv = layout.param(
+            normal(keys[1], std),
+            (2, c.embed_dim, c.num_kv_heads, c.head_dim),
+            "parts embed kv_heads head_dim",
+        )
+        self.o = layout.param(normal(keys[2], std_out), qkv[1:] + qkv[:1], "heads head_dim embed")
+        head_norm = lambda over: RMSNorm(c, layout, c.head_dim, over) if c.qk_norm else None
+        self.q_norm, self.k_norm = head_norm("batch seq heads"), head_norm("batch seq kv_heads")
+        self.mlp_norm = RMSNorm(c, layout)
+        self.gate_up = layout.param(
+            normal(keys[3], std), (2, c.embed_dim, c.mlp_dim), "parts embed mlp"
+        )
+        self.down = layout.param(normal(keys[4], std_out), (c.mlp_dim, c.embed_dim), "mlp embed")
+
+    def __call__(self, x_BSD, table, segments_BS, layout: Layout, cache=None):
+        """One layer: (residual stream, cache, aux)."""
+        s, w = layout, layout.gather
+        h_BSD = s.move(self.attention_norm(x_BSD, s), "batch seq _")
+        q_BSHC = s.dot("bsd,dhc->bshc", h_BSD, w(self.q))
+        k_BSKC, v_BSKC = s.dot("bsd,zdkc->zbskc", h_BSD, w(self.kv))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHC, k_BSKC = self.q_norm(q_BSHC, s), self.k_norm(k_BSKC, s)
+        q_BSHC = checkpoint_name(rotate(q_BSHC, table), "query")
+        k_BSKC = checkpoint_name(rotate(k_BSKC, table), "key")
+        v_BSKC = checkpoint_name(v_BSKC, "value")
+        a_BSHC, cache = attention.attend(
+            q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, self.softcap, cache
+        )
+        x_BSD += s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _")
+
+        h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _")
+        gate_BSF, up_BSF = checkpoint_name(s.dot("bsd,zdf->zbsf", h_BSD, w(self.gate_up)), "mlp")
+        h_BSF = jax.nn.silu(gate_BSF) * up_BSF
+        x_BSD += s.dot("bsf,fd->bsd", h_BSF, w(self.down), out="batch residual_seq _")
+        return x_BSD, cache, {}
+
+
+# Hugging Face (see jaxlm/interop): our layer as letters -> their tensor's dimensions, and its
+# names; several names are the entries of our leading `parts`. Letters: the legend above, v vocab.
+PREFIX = "model."  # of every tensor but the head; files of the bare model lack it
+IGNORED = ("*.rotary_emb.inv_freq",)  # not parameters, in old files
+_LAYER = "model.layers.{layer}."
+NAMES: dict[str, tuple[str, ...]] = {
+    "embed": ("vd->vd", "model.embed_tokens.weight"),
+    "final_norm.scale": ("d->d", "model.norm.weight"),
+    "head": ("vd->vd", "lm_head.weight"),
+    "groups.0.0.attention_norm.scale": ("d->d", _LAYER + "input_layernorm.weight"),
+    "groups.0.0.q": ("dhc->(hc)d", _LAYER + "self_attn.q_proj.weight"),
+    "groups.0.0.kv": (
+        "dkc->(kc)d",
+        _LAYER + "self_attn.k_proj.weight",
+        _LAYER + "self_attn.v_proj.weight",
+    ),
+    "groups.0.0.o": ("hcd->d(hc)", _LAYER + "self_attn.o_proj.weight"),
+    "groups.0.0.mlp_norm.scale": ("d->d", _LAYER + "post_attention_layernorm.weight"),
+    "groups.0.0.gate_up": (
+        "df->fd",
+        _LAYER + "mlp.gate_proj.weight",
+        _LAYER + "mlp.up_proj.weight",
+    ),
+    "groups.0.0.down": ("fd->df", _LAYER + "mlp.down_proj.weight"),
+}
+
+
+def from_hugging_face(hf: dict) -> dict:
+    """The values of `model:` for a config.json; UserError for what this family lacks."""
+    for key in ("attention_bias", "mlp_bias"):
+        if hf.get(key):
+            raise cfg.UserError(f"{key}={hf[key]} is not supported: Llama here has no biases")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise cfg.UserError(f"hidden_act={hf['hidden_act']} is not supported; silu is")
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    return {
+        "family": "llama",
+        "num_layers": hf["num_hidden_layers"],
+        "embed_dim": width,
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or width // heads,
+        "mlp_dim": hf["intermediate_size"],
+        "vocab_size": hf["vocab_size"],
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
+        "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "init_std": hf.get("initializer_range", 0.02),
+        **_rope_from_hugging_face(hf),
+    }
+
+
+def _rope_from_hugging_face(hf: dict) -> dict:
+    """Of rope_parameters (transformers 5), or of rope_theta and rope_scaling."""
+    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    rope = hf.get(key) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise cfg.UserError(f"{key}.rope_type={kind} is not supported; default and llama3 are")
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise cfg.UserError(f"partial_rotary_factor={partial} is not supported; 1 is")
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    if kind == "default":
+        return {"rope_theta": theta}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": "llama3",
+        "rope_factor": rope["factor"],
+        "rope_low_freq_factor": rope["low_freq_factor"],
+        "rope_high_freq_factor": rope["high_freq_factor"],
+        "rope_original_length": rope["original_max_position_embeddings"],
+    }
+
+
+def to_hugging_face(config: Config, max_positions: int = 2048) -> dict:
+    """The config.json that transformers 4 and 5 read; `max_positions` is what it promises."""
+    for key in ("qk_norm", "attention_softcap", "logit_softcap"):
+        if getattr(config, key):
+            raise cfg.UserError(f"model.{key}: Hugging Face's Llama has no such thing")
+    c, rope = config, None
+    if c.rope_scaling == "llama3":
+        max_positions = max(max_positions, int(c.rope_factor * c.rope_original_length))
+        rope = {
+            "rope_type": "llama3",
+            "factor": c.rope_factor,
+            "low_freq_factor": c.rope_low_freq_factor,
+            "high_freq_factor": c.rope_high_freq_factor,
+            "original_max_position_embeddings": c.rope_original_length,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": c.embed_dim,
+        "intermediate_size": c.mlp_dim,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tie_embeddings,
+        "rms_norm_eps": c.norm_epsilon,
+        "initializer_range": c.init_std,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": max_positions,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": rope,
+    }

@@ -1,0 +1,159 @@
+"""A run's directory: its config, its tokenizer, its state to go on from, its model at some step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import optax
+import yaml
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxlm import checkpoint, configfile
+from jaxlm import config as cfg
+from jaxlm.data import Tokenizer, load, load_tokenizer, prepare_corpus
+from jaxlm.sharding import Layout, place
+from jaxlm.state import (
+    Arrays,
+    State,
+    Structure,
+    abstract_state,
+    create_state,
+    init_params,
+    model_structure,
+    open_mesh,
+    trained,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model on a mesh, without an optimizer."""
+
+    config: cfg.Config
+    mesh: Mesh
+    layout: Layout
+    structure: Structure
+    params: Arrays
+    fixed: Arrays
+    step: int
+
+
+def config_path(path: str | os.PathLike) -> Path:
+    """The YAML file itself, or that of a run directory."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / "config.yaml").is_file():
+        raise cfg.UserError(f"{path} is not a run directory: it has no config.yaml")
+    return path / "config.yaml"
+
+
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> cfg.Config:
+    """The config of a YAML file, or of a run directory.
+
+    Of the latter, `run.dir` is where it lies now, and which processes made it does not matter.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return configfile.load(path, overrides)
+    here = [f"run.dir={yaml.safe_dump(str(path)).splitlines()[0]}"]
+    here += ["devices.coordinator=", "devices.num_processes=0", "devices.process_id=0"]
+    return configfile.load(config_path(path), [*here, *overrides])
+
+
+def write_config(config: cfg.Config) -> Path:
+    """Make the run directory and write its resolved config; returns the directory."""
+    run_dir = cfg.run_dir(config)
+    if jax.process_index() == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _replace(run_dir / "config.yaml", configfile.dump(config).encode())
+        except OSError as error:
+            raise cfg.UserError(
+                f"run.dir={run_dir}: cannot write there: {error.strerror}; choose another run.dir"
+            ) from error
+    return run_dir
+
+
+def keep_tokenizer(run_dir: Path, source: str | os.PathLike) -> None:
+    """Copy tokenizer.json into the run directory, so that the run can be moved alone."""
+    if jax.process_index() == 0:
+        _replace(run_dir / "tokenizer.json", Path(source, "tokenizer.json").read_bytes())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def find_tokenizer(config: cfg.Config) -> Tokenizer:
+    """The tokenizer of a run, or of its data; UserError where neither has one."""
+    for place_ in (cfg.run_dir(config), Path(config.data.path)):
+        if (place_ / "tokenizer.json").is_file():
+            return load_tokenizer(place_)
+    raise cfg.UserError(f"run.dir={cfg.run_dir(config)} has no tokenizer.json")
+
+
+@contextlib.contextmanager
+def open_model(config: cfg.Config, step: int | None = None) -> Iterator[Model]:
+    """The model of a run on the mesh that the config names, at a step (None: the newest)."""
+    directory = cfg.run_dir(config) / "checkpoints"
+    found = checkpoint.latest(directory) if step is None else step
+    if found is None:
+        raise cfg.UserError(f"run.dir={cfg.run_dir(config)} has no checkpoint; train it first")
+    mesh, layout = open_mesh(config)
+    with jax.set_mesh(mesh):
+        structure = model_structure(config.model, layout)
+        abstract = place(mesh, jax.eval_shape(lambda: init_params(config, layout)))
+        params, fixed = checkpoint.restore_params(directory, found, *abstract)
+        yield Model(config, mesh, layout, structure, params, fixed, found)
+
+
+def prepare_data(config: cfg.Config) -> None:
+    """Build the built-in corpus that data.corpus names, when data.path is not there yet."""
+    if config.data.corpus == "none" or Path(config.data.path).exists():
+        return
+    if jax.process_index() == 0:
+        prepare_corpus(config.data.corpus, config.data.path)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("prepared data")
+        if not Path(config.data.path).exists():  # no shared file system: the same corpus again
+            prepare_corpus(config.data.corpus, config.data.path)
+
+
+def first_state(
+    config: cfg.Config, layout: Layout, optimizer: optax.GradientTransformation, mesh: Mesh, facts
+) -> tuple[State, int]:
+    """The newest state of the run, or a new one, possibly with another run's parameters."""
+    directory = cfg.run_dir(config) / "checkpoints"
+    step = checkpoint.latest(directory)
+    if step is not None:
+        load.check_data_state(
+            checkpoint.read_data(directory, step), step, facts.keywords["split"], config.batch,
+            config.seed,
+        )  # fmt: skip
+        abstract = abstract_state(config, layout, optimizer, mesh)
+        return checkpoint.restore_state(directory, step, abstract), step
+    state = create_state(config, layout, optimizer, mesh)
+    if not config.checkpoint.start_from:
+        return state, 0
+    source = Path(config.checkpoint.start_from) / "checkpoints"
+    found = checkpoint.latest(source)
+    if found is None:
+        raise cfg.UserError(f"checkpoint.start_from={source.parent} has no checkpoint")
+    shapes = place(mesh, jax.eval_shape(lambda: state.params | state.fixed))
+    theirs = trained(shapes, checkpoint.read_config(source, found)["optimizer"]["train"])
+    split = lambda names: {name: shapes[name] for name in shapes if name in names}
+    params, fixed = checkpoint.restore_params(
+        source, found, split(theirs), split(shapes.keys() - theirs)
+    )
+    arrays = params | fixed
+    take = lambda old: {name: arrays[name] for name in old}
+    return State(state.step, take(state.params), take(state.fixed), state.opt), 0

@@ -1,0 +1,242 @@
+"""The mesh, and Layout: which mesh axes each array dimension lives on.
+
+A weight has two homes. At rest it is spread over every axis that can hold it (`storage`); in use it
+has the sharding of the computation (`rules`). `Layout.gather` is the way from one to the other, and
+its transpose is the gradient's reduction. The mesh is Explicit: shardings are part of array types,
+and an operation whose result is ambiguous fails at trace time instead of silently replicating.
+
+Gradients wait: a gathered weight is marked `reduced` over the axes that the batch is split over, so
+its gradient comes back `unreduced` over them - a sum that has not been communicated yet. Over fsdp
+it is reduced as the layer is left; over axes that do not shard the weight at rest (data, and
+whatever runs across the slow network) it is reduced once, after the last microbatch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
+
+from jaxlm import config as cfg
+
+P = PartitionSpec
+SUMMED = "summed"  # the name, for remat, of products that were summed over devices
+
+
+def make_mesh(sizes: dict[str, int], dcn: dict[str, int], devices: list | None = None) -> Mesh:
+    """A mesh with all seven axes; `dcn` factors run across slices (TPU) or processes (others)."""
+    from jax.experimental import mesh_utils
+
+    devices = list(jax.devices()) if devices is None else list(devices)
+    shape = [sizes[axis] for axis in cfg.AXES]
+    outer = [dcn.get(axis, 1) for axis in cfg.AXES]
+    if math.prod(outer) == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = _hybrid_grid(shape, outer, devices)
+    return Mesh(grid, cfg.AXES, axis_types=(AxisType.Explicit,) * len(cfg.AXES))
+
+
+def _hybrid_grid(shape: list[int], outer: list[int], devices: list) -> np.ndarray:
+    """Devices of one granule (slice or process) stay together in the inner factor of every axis."""
+    from jax.experimental import mesh_utils
+
+    inner = [size // factor for size, factor in zip(shape, outer, strict=True)]
+    granule = lambda d: getattr(d, "slice_index", None) if _has_slices(devices) else d.process_index
+    if len({granule(d) for d in devices}) > 1:
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, process_is_granule=not _has_slices(devices),
+            allow_split_physical_axes=True,
+        )  # fmt: skip
+    # One process simulating several: consecutive devices form a granule.
+    grid = np.array(devices).reshape([*outer, *inner])
+    order = [
+        i
+        for pair in zip(range(len(outer)), range(len(outer), 2 * len(outer)), strict=True)
+        for i in pair
+    ]
+    return grid.transpose(order).reshape(shape)
+
+
+def _has_slices(devices: list) -> bool:
+    return len({getattr(d, "slice_index", None) for d in devices}) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where every dimension lives and how the program runs there; passed as an argument."""
+
+    axes: tuple[tuple[str, int], ...]  # mesh axis -> size
+    rules: tuple[tuple[str, tuple[str, ...]], ...]  # dimension -> axes, in use
+    storage: tuple[tuple[str, tuple[str, ...]], ...]  # dimension -> further axes, at rest
+    gather_at: str = "layer"
+    compute: str = "float32"
+    reduce: str = "float32"
+    remat: cfg.Remat = cfg.Remat()
+    attention: cfg.Attention = cfg.Attention(backend="xla")
+
+    def size(self, dim: str) -> int:
+        """Devices that dimension `dim` is split over, in use."""
+        sizes = dict(self.axes)
+        return math.prod(sizes[axis] for axis in self.dim_axes(dim))
+
+    def dim_axes(self, dim: str) -> tuple[str, ...]:
+        """Mesh axes of one dimension in use; axes of size 1 are dropped (they count as sharded)."""
+        if dim == "_":
+            return ()
+        sizes = dict(self.axes)
+        return tuple(axis for axis in dict(self.rules)[dim] if sizes[axis] > 1)
+
+    def spec(self, dims: str) -> PartitionSpec:
+        """Sharding in use of an array with these dimension names ("batch seq _")."""
+        return P(*(_entry(self.dim_axes(dim)) for dim in dims.split()))
+
+    def stored(self, dims: str) -> PartitionSpec:
+        """Sharding at rest: the rules, and the storage axes that the weight does not use yet."""
+        sizes, extra = dict(self.axes), dict(self.storage)
+        entries = [self.dim_axes(dim) for dim in dims.split()]
+        used = {axis for entry in entries for axis in entry}
+        for i, dim in enumerate(dims.split()):
+            for axis in extra.get(dim, ()):
+                if sizes[axis] > 1 and axis not in used:
+                    entries[i] += (axis,)
+                    used.add(axis)
+        return P(*map(_entry, entries))
+
+    def without(self, axis: str) -> Layout:
+        """The layout of code that runs under vmap over, or shard_map manual on, that axis."""
+        axes = tuple((a, 1 if a == axis else n) for a, n in self.axes)
+        return dataclasses.replace(self, axes=axes)
+
+    def replace(self, **rules: tuple[str, ...]) -> Layout:
+        """The same layout with other axes for some dimensions in use."""
+        return dataclasses.replace(self, rules=tuple({**dict(self.rules), **rules}.items()))
+
+    def param(self, init, shape: tuple[int, ...], dims: str, over: str = "batch seq") -> nnx.Param:
+        """A weight at rest from `init(shape, sharding)`; `over` names the activations it meets."""
+        assert len(shape) == len(dims.split())
+        return nnx.Param(init(shape, self.stored(dims)), dims=dims, over=over)
+
+    def gather(self, param: nnx.Param) -> jax.Array:
+        """The weight in use, in the compute type: cast, then all-gathered."""
+        value = param.get_value()
+        dims = param.get_metadata("dims")
+        spec = self.spec(dims)
+        target = P(*spec, reduced=self.summed(param.get_metadata("over"), spec))
+        dtype = jnp.dtype(self.compute)
+        source = jax.typeof(value)
+        if source.sharding.spec == target:
+            return value.astype(dtype)
+        home = P(*_partitions(source.sharding.spec), unreduced=source.sharding.spec.reduced)
+        return _gather(value, dtype, jnp.dtype(self.reduce), target, home)
+
+    def summed(self, over: str, spec: PartitionSpec) -> frozenset[str]:
+        """Axes that a gradient is summed over: those of the activations, less the weight's own."""
+        own = {axis for entry in spec for axis in _axes(entry)}
+        return frozenset(axis for dim in over.split() for axis in self.dim_axes(dim)) - own
+
+    def dot(self, equation: str, x: jax.Array, w: jax.Array, out: str | None = None) -> jax.Array:
+        """Einsum; with `out`, a sharded dimension is contracted and the result is communicated."""
+        if out is None:
+            return jnp.einsum(equation, x, w)
+        terms, result = equation.split("->")
+        places = {}
+        for term, array in zip(terms.split(","), (x, w), strict=True):
+            places |= dict(zip(term, _partitions(jax.typeof(array).sharding.spec), strict=True))
+        contracted = [places[letter] for letter in places if letter not in result]
+        partial = frozenset(axis for entry in contracted for axis in _axes(entry))
+        local = P(*(places[letter] for letter in result), unreduced=partial)
+        y = reshard(jnp.einsum(equation, x, w, out_sharding=local), self.spec(out))
+        return checkpoint_name(y, SUMMED) if partial else y
+
+    def take(self, table: jax.Array, index: jax.Array, out: str) -> jax.Array:
+        """Rows of a gathered table [vocab embed]; its first dimension may be sharded."""
+        return table.at[index].get(out_sharding=self.spec(out), mode="clip")
+
+    def add_bias(self, equation: str, x: jax.Array, bias: jax.Array) -> jax.Array:
+        """x + bias as "bs,d->bsd": an outer product with ones, so that its gradient can wait."""
+        ones_term, result = equation.split(",")[0], equation.split("->")[1]
+        sizes = dict(zip(result, x.shape, strict=True))
+        places = dict(zip(result, _partitions(jax.typeof(x).sharding.spec), strict=True))
+        spec = P(*(places[letter] for letter in ones_term))
+        ones = jnp.ones([sizes[letter] for letter in ones_term], x.dtype, out_sharding=spec)
+        # The transpose of `1.0 *` pins the sharding of a cotangent that comes straight from a
+        # scan's carry; without it the compiler aborts on the unreduced sum.
+        return x + 1.0 * jnp.einsum(equation, ones, bias)
+
+    def move(self, x: jax.Array, dims: str) -> jax.Array:
+        """Reshard an activation to the dimensions' axes in use."""
+        return reshard(x, self.spec(dims))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(value, dtype, reduce_dtype, target, home):
+    """Cast, then all-gather: the wire carries the compute type. The gradient comes `home`."""
+    return reshard(value.astype(dtype), target)
+
+
+def _gather_forward(value, dtype, reduce_dtype, target, home):
+    return _gather(value, dtype, reduce_dtype, target, home), jnp.zeros((), value.dtype)
+
+
+def _gather_backward(dtype, reduce_dtype, target, home, like, grad):
+    return (reshard(grad.astype(reduce_dtype), home).astype(like.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+def _axes(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _partitions(spec: PartitionSpec) -> tuple:
+    """The per-dimension entries of a spec, without its reduced and unreduced sets."""
+    return tuple(getattr(spec, "partitions", None) or getattr(spec, "_partitions", ()))
+
+
+def stacked_dims(param: nnx.Variable) -> str:
+    """A variable's dimension names, with the leading `layers` that stacking gave it."""
+    dims = param.get_metadata("dims")
+    return f"layers {dims}" if param.get_value().ndim == len(dims.split()) + 1 else dims
+
+
+def make_layout(config: cfg.Config, sizes: dict[str, int], attention: cfg.Attention) -> Layout:
+    """The layout that a config names on a mesh of these sizes."""
+    rules = {dim: cfg.RULES.get(dim, ()) for dim in cfg.DIMS} | config.rules
+    if config.model.num_kv_heads < math.prod(sizes[a] for a in rules["kv_heads"]):
+        rules["kv_heads"] = rules["cache_kv_heads"] = ()  # replicated; each device uses its group
+    storage = {**cfg.STORAGE, **config.storage}
+    frozen = lambda table: tuple((dim, tuple(axes)) for dim, axes in table.items())
+    return Layout(
+        axes=tuple(sizes.items()), rules=frozen(rules), storage=frozen(storage),
+        gather_at=config.gather_at, compute=config.precision.compute,
+        reduce=config.precision.reduce, remat=config.remat, attention=attention,
+    )  # fmt: skip
+
+
+def batch_shardings(config: cfg.Config, layout: Layout, mesh: Mesh) -> dict[str, NamedSharding]:
+    """The arrays of a batch, [B, S] each, and where they live."""
+    names = ["tokens", "targets", "weights", "positions"] + ["segments"] * config.data.segments
+    return dict.fromkeys(names, NamedSharding(mesh, layout.spec("batch seq")))
+
+
+def place(mesh: Mesh, tree):
+    """Shapes with concrete shardings on `mesh`, from the abstract ones that eval_shape returns."""
+
+    def one(leaf):
+        spec = leaf.sharding.spec if getattr(leaf, "sharding", None) is not None else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,241 @@
+"""The train step and the loop: the file to read first.
+
+Shapes: B batch, S sequence, M microbatches.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, reshard
+from jax.sharding import PartitionSpec as P
+
+from jaxlm import checkpoint, configfile, data, devices, evaluate, generate, metrics, optim, run
+from jaxlm import config as cfg
+from jaxlm.data import load
+from jaxlm.loss import batch_losses
+from jaxlm.sharding import Layout, batch_shardings
+from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
+
+logger = logging.getLogger("jaxlm")
+
+
+class Program(NamedTuple):
+    """What a config runs on a mesh; the trainer and compile.py share it."""
+
+    mesh: Mesh
+    layout: Layout
+    structure: Structure
+    optimizer: optax.GradientTransformation
+    train_step: jax.stages.Wrapped
+    options: dict  # of XLA, for the kind of device
+
+
+def make_program(config: cfg.Config, found: list | None = None) -> Program:
+    """The train step of a config on these devices (None: all that there are)."""
+    mesh, layout = open_mesh(config, found)
+    with jax.set_mesh(mesh):
+        structure = model_structure(config.model, layout)
+    optimizer = optim.make_optimizer(config.optimizer, config.steps, structure.dims)
+    options = dict(devices.kind(mesh).compiler_options)
+    step = make_train_step(config, structure, layout, optimizer, options)
+    return Program(mesh, layout, structure, optimizer, step, options)
+
+
+def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, optimizer, options):
+    """jit(State, batch) -> (State, metrics); the state is donated. `options` are XLA's."""
+    schedule = optim.schedule(config.optimizer, config.steps)
+
+    def train_step(state: State, batch: Arrays) -> tuple[State, Arrays]:
+        loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, batch, layout)
+        grads = jax.tree.map(lambda g: g / weight_sum, grads)
+        grad_norm = optim.global_norm(grads)
+        if config.optimizer.clip_norm:
+            grads = optim.clip_by_norm(grads, grad_norm, config.optimizer.clip_norm)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        metrics = {
+            "loss": loss_sum / weight_sum,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "weight": weight_sum,
+            **{name: value / weight_sum for name, value in aux.items()},
+        }
+        return State(state.step + 1, params, state.fixed, opt), metrics
+
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
+
+
+def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch, layout: Layout):
+    """Sums over the batch: loss, weight, gradients, aux. The one seam between kinds of step."""
+    params = defer_reduction(state.params, structure, layout)
+    fixed = defer_reduction(state.fixed, structure, layout)
+    grad_fn = jax.value_and_grad(
+        functools.partial(loss_sums, config, structure, layout), has_aux=True
+    )
+
+    def microbatch(sums, part):
+        (total, aux), grads = grad_fn(params, fixed, part)
+        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (aux, grads)), None
+
+    count = config.batch.microbatches
+    if count == 1:
+        (_, aux), grads = grad_fn(params, fixed, batch)
+    else:
+        parts = jax.tree.map(functools.partial(_split_batch, count=count), batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        (_, aux), _ = jax.eval_shape(grad_fn, params, fixed, first)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+        sums = zeros, jax.tree.map(_unreduced_zeros, params)
+        (aux, grads), _ = jax.lax.scan(microbatch, sums, parts)
+    grads = reduce_gradients(grads, structure, layout)
+    aux = dict(aux)
+    return aux.pop("loss"), aux.pop("weight"), grads, aux
+
+
+def loss_sums(config: cfg.Config, structure: Structure, layout: Layout, params, fixed, batch):
+    """The sum to differentiate (cross-entropy and z-loss), and its parts."""
+    model = structure.merge(params, fixed)
+    nll_BS, z_BS, aux = batch_losses(config, model, batch, layout)
+    sums = {
+        "loss": jnp.sum(nll_BS * batch["weights"]),
+        "weight": jnp.sum(batch["weights"]),
+        "z_loss": config.loss.z_loss * jnp.sum(z_BS * batch["weights"]),
+        **aux,
+    }
+    return sums["loss"] + sums["z_loss"], sums
+
+
+def defer_reduction(arrays: Arrays, structure: Structure, layout: Layout) -> Arrays:
+    """Mark weights so that their gradients are summed over microbatches first, over devices after.
+
+    With gather_at=step they are also gathered here, once.
+    """
+
+    def one(name: str, array: jax.Array) -> jax.Array:
+        dims, over = structure.dims[name], structure.over[name]
+        if layout.gather_at == "step":
+            spec, dtype = layout.spec(dims), jnp.dtype(layout.compute)
+        else:
+            spec, dtype = layout.stored(dims), array.dtype
+        return reshard(array.astype(dtype), P(*spec, reduced=layout.summed(over, spec)))
+
+    return {name: one(name, array) for name, array in arrays.items()}
+
+
+def reduce_gradients(grads: Arrays, structure: Structure, layout: Layout) -> Arrays:
+    """The one reduction of a step, in precision.reduce, to the sharding at rest."""
+    return {
+        name: reshard(grad.astype(layout.reduce), layout.stored(structure.dims[name])).astype(
+            jnp.float32
+        )
+        for name, grad in grads.items()
+    }
+
+
+def _unreduced_zeros(weight: jax.Array) -> jax.Array:
+    spec = jax.typeof(weight).sharding.spec
+    return jnp.zeros(
+        weight.shape, jnp.float32, out_sharding=P(*spec.partitions, unreduced=spec.reduced)
+    )
+
+
+def _split_batch(x_BS: jax.Array, count: int) -> jax.Array:
+    """[B, S] -> [M, B/M, S], each device keeping its own rows: microbatch m has rows m, m+M, ..."""
+    batch, length = x_BS.shape
+    b, s = jax.typeof(x_BS).sharding.spec
+    parts = jnp.reshape(x_BS, (batch // count, count, length), out_sharding=P(b, None, s))
+    return jnp.moveaxis(parts, 1, 0)
+
+
+def train(config: cfg.Config) -> None:
+    """Train to config.steps, from the newest checkpoint of the run directory if it has one."""
+    mesh, layout, structure, optimizer, train_step, options = make_program(config)
+    run.prepare_data(config)
+    training = data.open_split(config.data.path, "train")
+    data.check_vocab(training, config.model.vocab_size)
+    run_dir = cfg.run_dir(config)
+    facts = functools.partial(load.data_state, split=training, batch=config.batch, seed=config.seed)
+    for changed in checkpoint.refuse_other_run(run_dir, config, facts(0)):
+        logger.info("changed since the last start: %s", changed)
+    with jax.set_mesh(mesh):
+        shardings = batch_shardings(config, layout, mesh)
+        held_out = make_evaluation(config, structure, layout, shardings, options)
+        write_samples = make_sampling(config, structure, layout, mesh)
+        state, start = run.first_state(config, layout, optimizer, mesh, facts)
+        run.write_config(config)
+        run.keep_tokenizer(run_dir, config.data.path)
+        manager = checkpoint.open_manager(run_dir / "checkpoints", config.checkpoint)
+        batches = load.batches(
+            training, config.batch, config.seed, shardings, start,
+            segments=config.data.segments, prefetch=config.data.prefetch,
+        )  # fmt: skip
+        due = lambda step, every: step == config.steps or (every and step % every == 0)
+
+        with metrics.open_log(config, structure, mesh, run_dir, start) as log:
+            logger.info("%s", metrics.describe_run(config, mesh, layout, structure, start))
+            if config.optimizer.warmup_steps >= config.steps:
+                logger.info("the run ends within its warm-up (optimizer.warmup_steps)")
+            previous = None
+            for step in range(start, config.steps):
+                state, values = train_step(state, next(batches))
+                log.step(previous)  # reading the last step's numbers never stalls the device
+                previous, done = (step + 1, values), step + 1
+                evaluating = held_out is not None and due(done, config.eval.every)
+                saving = due(done, config.checkpoint.every)
+                sampling = config.sample.every and due(done, config.sample.every)
+                if not (evaluating or saving or sampling):
+                    continue
+                log.step(previous)
+                previous = None
+                with log.paused():
+                    if evaluating and held_out:
+                        log.evaluation(done, held_out(state))
+                    if saving:
+                        checkpoint.save(
+                            manager, done, state, facts(done), configfile.to_dict(config)
+                        )
+                    if sampling:
+                        log.samples(done, write_samples(state))
+            checkpoint.finish(manager)
+            log.say(metrics.closing_words(config, run_dir, start))
+
+
+def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, shardings, options):
+    """state -> held-out numbers, or None where the dataset holds nothing out."""
+    if "validation" not in data.read_manifest(config.data.path)["splits"]:
+        return None
+    split = data.open_split(config.data.path, "validation")
+    eval_step = evaluate.make_eval_step(config, structure, layout, options)
+
+    def held_out(state: State) -> dict:
+        batches = load.evaluation_batches(
+            split, config.batch, shardings, config.eval.batches, segments=config.data.segments
+        )
+        return evaluate.evaluate(eval_step, state.params, state.fixed, batches, split)
+
+    return held_out
+
+
+def make_sampling(config: cfg.Config, structure: Structure, layout: Layout, mesh: Mesh):
+    """state -> [(prompt, text)]: sample.prompts, continued."""
+    tokenizer = data.load_tokenizer(config.data.path)
+    sample = config.sample
+    if sample.every:  # a mistake in the prompts must not stop a run half-way
+        prompts = generate.encode_prompts(tokenizer, list(sample.prompts))
+        generate.check_lengths(config.model, prompts, sample.tokens)
+
+    def continue_prompts(state: State) -> list[tuple[str, str]]:
+        texts = generate.generate_text(
+            config, structure, layout, mesh, state.params | state.fixed, tokenizer,
+            list(sample.prompts), tokens=sample.tokens, temperature=sample.temperature,
+            top_k=sample.top_k, top_p=sample.top_p, seed=config.seed,
+        )  # fmt: skip
+        return list(zip(sample.prompts, texts, strict=True))
+
+    return continue_prompts

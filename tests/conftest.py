@@ -1,0 +1,20 @@
+"""Eight simulated CPU devices for every test, and one compile cache; before jax is imported."""
+
+import os
+import tempfile
+
+import pytest
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+_cache = tempfile.TemporaryDirectory(prefix="jaxlm-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small dataset, bytes as tokens."""
+    import tiny
+
+    return tiny.make_data(tmp_path_factory.mktemp("data") / "tokens")

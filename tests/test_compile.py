@@ -1,0 +1,255 @@
+"""The compiled train step holds the collectives that its layout calls for, and no others.
+
+CPU's compiler has no reduce-scatter: there an all-reduce stands for each.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxlm import attention, configfile
+from jaxlm import compile as compiler
+from jaxlm import config as cfg
+
+CONFIGS = Path(__file__).parent / "configs"
+WEIGHTS, NORMS, TABLES = 5, 3, 2  # of a layer: q kv o gate_up down; norms with the final one
+LAYOUTS = {
+    "one device": (1, []),
+    "data": (8, ["mesh.data=8"]),
+    "fsdp": (8, ["mesh.fsdp=8"]),
+    "tensor": (2, ["mesh.tensor=2"]),
+    "data x fsdp": (8, ["mesh.data=2", "mesh.fsdp=4"]),
+    "fsdp x tensor": (8, ["mesh.fsdp=4", "mesh.tensor=2"]),
+    "data x fsdp x tensor": (8, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
+    "data, 4 microbatches": (2, ["mesh.data=2", "batch.microbatches=4"]),
+    "data x fsdp, 2 microbatches": (
+        4, ["mesh.data=2", "mesh.fsdp=2", "batch.microbatches=2"],
+    ),
+    "gathered once a step": (
+        4, ["mesh.data=2", "mesh.fsdp=2", "batch.microbatches=2", "gather_at=step"],
+    ),
+}  # fmt: skip
+
+
+def expected(sizes: dict[str, int], microbatches: int, gather_at: str, kind: str) -> Counter:
+    """Arrays communicated, by (kind, axes, loops around), from the layout alone."""
+    cpu = kind == "cpu"
+    data, fsdp, tensor = (sizes[axis] > 1 for axis in ("data", "fsdp", "tensor"))
+    outside = int(microbatches > 1)  # of the loop over layers, inside that over microbatches
+    layer, scatter = outside + 1, "all-reduce" if cpu else "reduce-scatter"
+    want = Counter()
+    if fsdp and gather_at == "layer":
+        want["all-gather", ("fsdp",), layer] += 2 * WEIGHTS  # forward, and recomputed backward
+        # They do not change from one microbatch to the next, and CPU's compiler sees it.
+        want["all-gather", ("fsdp",), 0 if cpu else outside] += TABLES
+        want[scatter, ("fsdp",), layer] += WEIGHTS  # gradients
+        want[scatter, ("fsdp",), outside] += TABLES
+    if fsdp and gather_at == "step":
+        want["all-gather", ("fsdp",), 0] += WEIGHTS + TABLES
+    # What does not shard a weight at rest is summed once a step, outside every loop.
+    late = ("data",) * data + ("fsdp",) * (fsdp and gather_at == "step")
+    if late:
+        want["all-reduce", late, 0] += WEIGHTS + TABLES
+    everywhere = ("data",) * data + ("fsdp",) * fsdp + ("tensor",) * tensor
+    if everywhere:
+        want["all-reduce", everywhere, 0] += NORMS  # replicated; each device saw some tokens
+    if tensor:
+        # Into attention and MLP: forward, recomputed; out of them: the gradients' way back.
+        want["all-gather", ("tensor",), layer] += 2 + 2 + 2
+        # Out: forward 2, recomputed 1 (the second norm's input); back in: q and kv, gate_up. CPU
+        # reduces the gradients of q and kv before it adds them; the others add first.
+        want[scatter, ("tensor",), layer] += 2 + 1 + 2 + cpu
+        want["all-gather", ("tensor",), outside] += 2  # into the head; out of the embedding, back
+        want[scatter, ("tensor",), outside] += 1  # out of the embedding
+        # Each chunk of the loss: maximum, sum, target; recomputed: maximum, sum; hidden's gradient.
+        want["all-reduce", ("tensor",), outside + 1] += 3 + 2 + 1
+    return want
+
+
+def count(found: list[compiler.Collective], layout) -> Counter:
+    """Arrays communicated, by (kind, axes, loops around), without scalars."""
+    counted = Counter()
+    for one in found:
+        arrays = len(one.shapes) - one.scalars
+        counted[one.kind, compiler.mesh_axes(one.groups, layout), one.loops] += arrays
+    return +counted
+
+
+def compile_tiny(num_devices: int, *overrides: str):
+    config = configfile.load(CONFIGS / "llama.yaml", ["model.tie_embeddings=false", *overrides])
+    program = compiler.make_program(config, jax.devices()[:num_devices])
+    text = compiler.lower_train_step(config, program).compile().as_text()
+    return config, program.layout, compiler.collectives(text)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_collectives_of_a_layout(name):
+    devices, overrides = LAYOUTS[name]
+    config, layout, found = compile_tiny(devices, *overrides)
+    want = expected(dict(layout.axes), config.batch.microbatches, config.gather_at, "cpu")
+    assert count(found, layout) == want
+    assert sum(one.scalars for one in found) <= 5  # loss, weight, z-loss; the gradient's norm
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 8])
+def test_gradients_cross_the_data_axis_once(microbatches):
+    """However many microbatches there are: the slow network is used once a step."""
+    _, layout, found = compile_tiny(
+        2, "mesh.data=2", "batch.sequences=16", f"batch.microbatches={microbatches}"
+    )
+    assert count(found, layout) == {
+        ("all-reduce", ("data",), 0): WEIGHTS + TABLES + NORMS,
+    }
+
+
+# Mid-size, so that the compilers choose as they do for real models; a layer has 17M weights.
+MODEL = [
+    "model.embed_dim=1024", "model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=128",
+    "model.mlp_dim=4096", "model.vocab_size=4096", "model.tie_embeddings=false",
+    "batch.sequences=16", "batch.sequence_length=512", "precision.compute=bfloat16",
+]  # fmt: skip
+HAS_TPU = importlib.util.find_spec("libtpu") is not None
+HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
+needs_tpu = pytest.mark.skipif(not HAS_TPU, reason="libtpu is not installed: jaxlm[plan-tpu]")
+needs_cuda = pytest.mark.skipif(
+    not HAS_CUDA, reason="jax-cuda12-plugin is not installed: jaxlm[plan-gpu]"
+)
+
+
+def run(target: str, *overrides: str) -> subprocess.CompletedProcess:
+    """`python -m jaxlm.compile` in its own process: a crash of a compiler is an exit code."""
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent.parent)}
+    environment.pop("XLA_FLAGS", None)
+    command = [sys.executable, "-m", "jaxlm.compile", str(CONFIGS / "llama.yaml")]
+    return subprocess.run(
+        [*command, "--target", target, *overrides], env=environment, capture_output=True, text=True
+    )
+
+
+HAS_CUDNN = attention.cudnn._has_library()
+ABSENT = {
+    "fsdp=8 on TPU": ("v5e:2x4", "splash", ["mesh.fsdp=8"], needs_tpu),
+    "fsdp=4 x tensor=2 on TPU": (
+        "v5e:2x4", "splash", ["mesh.fsdp=4", "mesh.tensor=2"], needs_tpu,
+    ),
+    "fsdp=8 on GPU": ("h100:1x8", "xla", ["mesh.fsdp=8"], needs_cuda),
+    "fsdp=4 x tensor=2 on GPU": (
+        "h100:1x8", "cudnn" if HAS_CUDNN else "xla",
+        ["mesh.fsdp=4", "mesh.tensor=2", "data.segments=false"], needs_cuda,
+    ),
+    "2 hosts, 2 microbatches on GPU": (
+        "h100:2x4", "xla", ["mesh.data=2", "mesh.fsdp=4", "batch.microbatches=2"], needs_cuda,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=case[-1]) for name, case in ABSENT.items()]
+)
+def test_collectives_on_devices_that_are_not_here(name):
+    target, backend, overrides, _ = ABSENT[name]
+    done = run(target, *MODEL, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "nvoluntary full rematerialization" not in done.stderr
+    got = json.loads(done.stdout)
+    assert (got["devices"], got["attention"]) == (8, backend)
+    assert got["state_and_batch_bytes"] < got["peak_bytes"] < 2e9
+    config = configfile.load(CONFIGS / "llama.yaml", [*MODEL, *overrides])
+    gpu, found = target.startswith("h100"), Counter()
+    for row in got["collectives"]:
+        key = row["kind"], tuple(row["axes"]), row["loops"]
+        found[key] += row["arrays"] - row["scalars"]
+        if key[:2] == ("all-reduce", ("data",)):  # all gradients but the norms', float32
+            assert row["bytes"] == 4 * large_weights(config.model) / config.mesh.fsdp
+    want = expected(
+        vars(config.mesh), config.batch.microbatches, config.gather_at, "gpu" if gpu else "tpu"
+    )
+    assert joined(found, gpu) == joined(want, gpu)
+
+
+def joined(counts: Counter, gpu: bool) -> Counter:
+    """GPU's combiner concatenates all-reduces as it likes: there one or many count the same."""
+    return Counter({k: 1 if gpu and k[0] == "all-reduce" else n for k, n in counts.items() if n})
+
+
+def large_weights(m: cfg.Model) -> int:
+    """Parameters of a Llama without its norms."""
+    heads = 2 * (m.num_heads + m.num_kv_heads) * m.head_dim
+    layer = m.embed_dim * (heads + 3 * m.mlp_dim)
+    return m.num_layers * layer + TABLES * m.embed_dim * cfg.padded_vocab(m)
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(cfg.UserError, match=r"libtpu is missing; pip install 'jaxlm\[plan-tpu\]'"):
+        compiler.target_devices("v5e:2x4")
+    with pytest.raises(cfg.UserError, match=r"pip install 'jaxlm\[plan-gpu\]'"):
+        compiler.target_devices("h100:1x8")
+
+
+@pytest.mark.parametrize("target", ["v5e", "h100:8", "tpu:8", "v5e:2xx4", ""])
+def test_unknown_targets_are_one_line(target):
+    with pytest.raises(cfg.UserError, match="is not known; use a slice as v5e:2x4"):
+        compiler.target_devices(target)
+
+
+GROUPS = {
+    "replica_groups={{0,1},{2,3}}": ((0, 1), (2, 3)),
+    "replica_groups={}": (),
+    "replica_groups=[2,2]<=[4]": ((0, 1), (2, 3)),
+    "replica_groups=[4,2]<=[2,4]T(1,0)": ((0, 4), (1, 5), (2, 6), (3, 7)),
+    "replica_groups=mesh['a'=2,'b'=2] {'a'}": ((0, 2), (1, 3)),
+    "replica_groups=mesh['a'=2,'b'=2] {'a','b'}": ((0, 1, 2, 3),),
+    "replica_groups=mesh['a'=8] {'a':(2)2}": ((0, 2), (1, 3), (4, 6), (5, 7)),
+    "replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}": ((0, 1), (2, 3)),
+    "source_target_pairs={{0,1},{1,0}}": ((0, 1), (1, 0)),
+}
+
+
+@pytest.mark.parametrize("text", GROUPS)
+def test_groups_in_every_syntax(text):
+    assert compiler.replica_groups(f"%x), channel_id=1, {text}, dimensions={{0}}") == GROUPS[text]
+
+
+HLO = """HloModule m, num_partitions=4
+
+%body (p: f32[8]) -> f32[8] {
+  %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%p), channel_id=1, replica_groups=[1,4]<=[4]
+  %d = f32[8]{0} all-gather-done(%s)
+  ROOT %f = f32[8]{0} fusion(%d), kind=kLoop, calls=%all-reduce-scatter.1
+}
+
+%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %r = f32[8]{0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = f32[8] while(%a), condition=%cond, body=%body
+  %q = (bf16[4]{0}, f32[]) all-reduce(%w, %w), channel_id=3, replica_groups=[2,2]<=[4], to_apply=%a
+}
+
+%cond (p: f32[8]) -> pred[] {
+}
+
+%add (p: f32[]) -> f32[] {
+}
+
+%a (p: f32[]) -> f32[] {
+}
+"""
+
+
+def test_halves_fusions_and_loops():
+    everyone = ((0, 1, 2, 3),)
+    assert compiler.collectives(HLO) == [
+        compiler.Collective("all-gather", ("f32[8]",), 32, everyone, 1),
+        compiler.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1),
+        compiler.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0),
+    ]

@@ -1,0 +1,50 @@
+"""One config on many meshes: the same initial bits and samples, the same losses to rounding."""
+
+import numpy as np
+import pytest
+import tiny
+
+LAYOUTS = {
+    "one device": (1, []),
+    "data": (8, ["mesh.data=8"]),
+    "fsdp": (8, ["mesh.fsdp=8"]),
+    "tensor, kv heads replicated": (4, ["mesh.tensor=4"]),
+    "data x fsdp": (8, ["mesh.data=2", "mesh.fsdp=4"]),
+    "fsdp x tensor": (8, ["mesh.fsdp=2", "mesh.tensor=4"]),
+    "data x fsdp x tensor": (8, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
+    "dcn": (8, ["mesh.data=4", "mesh.fsdp=2", "mesh.dcn={data: 2}"]),
+    "microbatches": (2, ["mesh.data=2", "batch.microbatches=4"]),
+    "expert as a batch axis": (4, ["mesh.expert=2", "mesh.fsdp=2"]),
+    "gathered once a step": (
+        4,
+        ["mesh.data=2", "mesh.fsdp=2", "gather_at=step", "batch.microbatches=2"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def references(data):
+    kept = {}
+
+    def reference(family, optimizer):
+        if (family, optimizer) not in kept:
+            config = tiny.config(family, f"data.path={data}", f"optimizer.name={optimizer}")
+            kept[family, optimizer] = tiny.run(config, 1)
+        return kept[family, optimizer]
+
+    return reference
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("family, optimizer", [("llama", "adamw"), ("gpt2", "muon")])
+def test_every_layout_is_the_same_run(layout, family, optimizer, data, references):
+    count, mesh = LAYOUTS[layout]
+    config = tiny.config(family, f"data.path={data}", f"optimizer.name={optimizer}", *mesh)
+    losses, initial, batch, _ = tiny.run(config, count)
+    expected, expected_initial, expected_batch, _ = references(family, optimizer)
+    for name, value in expected_initial.items():
+        np.testing.assert_array_equal(initial[name], value, err_msg=name)
+    for name, value in expected_batch.items():
+        np.testing.assert_array_equal(batch[name], value, err_msg=name)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert expected[-1] < expected[0]

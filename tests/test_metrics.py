@@ -1,0 +1,150 @@
+"""What a run tells: its files, its progress line, and the loggers that are extras."""
+
+import json
+import math
+import sys
+import types
+
+import jax
+import pytest
+import tiny
+
+from jaxlm import metrics
+from jaxlm.config import UserError
+from jaxlm.devices import kind, launcher
+from jaxlm.state import model_structure, open_mesh
+
+
+def open_run(config):
+    mesh, layout = open_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return mesh, model_structure(config.model, layout)
+
+
+def values(loss):
+    return {"loss": loss, "grad_norm": 1.0, "learning_rate": 0.1}
+
+
+def test_records_after_the_start_are_dropped_and_nan_is_null(tmp_path, capsys):
+    config = tiny.config("llama", "steps=9")
+    mesh, structure = open_run(config)
+    old = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
+    text = "".join(json.dumps(record) + "\n" for record in old)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "lo')
+    with metrics.open_log(config, structure, mesh, tmp_path, start=2) as log:
+        log.step((3, values(math.nan)))
+        log.step(None)
+        log.evaluation(3, {"loss": 2.0, "bits_per_byte": 1.5})
+        log.samples(3, [("a", "b")])
+    records = tiny.records(tmp_path)
+    assert [(r["step"], r.get("loss")) for r in records] == [(1, 1), (2, 1), (3, None), (3, None)]
+    assert records[-1]["eval/bits_per_byte"] == 1.5
+    assert tiny.records(tmp_path, "samples.jsonl") == [{"step": 3, "prompt": "a", "text": "b"}]
+    assert "step 3/9 loss nan" in capsys.readouterr().out
+
+
+def test_only_every_kth_step_is_logged_and_pauses_do_not_count(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    config = tiny.config("llama", "steps=20", "log.every=5")
+    mesh, structure = open_run(config)
+    with metrics.open_log(config, structure, mesh, tmp_path, start=0) as log:
+        for step in range(1, 21):
+            now[0] += 2.0
+            log.step((step, values(1.0)))
+            if step == 12:
+                with log.paused():
+                    now[0] += 100.0
+    records = tiny.records(tmp_path)
+    assert [r["step"] for r in records] == [1, 5, 10, 15, 20]
+    assert {r["step_seconds"] for r in records} == {2.0}
+    assert records[-1]["tokens_per_second"] == 8 * 32 / 2.0
+    assert records[-1]["tokens"] == 20 * 8 * 32
+
+
+def test_flops_are_six_per_matmul_parameter_and_causal_attention():
+    config = tiny.config("llama", "model.tie_embeddings=false")
+    _, structure = open_run(config)
+    block = 32 * 4 * 8 * 2 + 2 * 32 * 2 * 8 + 3 * 32 * 64  # q and o, kv, mlp
+    expected = 6 * (2 * block + 384 * 32) + 6 * 2 * 4 * 8 * 128
+    assert metrics.flops_per_token(config.model, structure, 128) == expected
+    tied = tiny.config("llama")
+    assert metrics.flops_per_token(tied.model, open_run(tied)[1], 128) == expected
+
+
+def test_mfu_is_shown_where_the_peak_is_known(monkeypatch):
+    config = tiny.config("llama")
+    mesh, structure = open_run(config)
+    record = {"step": 10, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1}
+    record |= {"tokens_per_second": 1000.0, "step_seconds": 30.0}
+    line = metrics.describer(config, structure, mesh)(record)
+    assert "MFU" not in line and "left 5:00" in line and " ends " in line
+    flops = metrics.flops_per_token(config.model, structure, 32)
+    known = types.SimpleNamespace(bf16_flops=2000.0 * flops)
+    monkeypatch.setattr(metrics.devices, "kind", lambda mesh: known)
+    assert "MFU 50.0%" in metrics.describer(config, structure, mesh)(record)
+
+
+def test_loggers_that_are_extras(tmp_path, monkeypatch):
+    seen = []
+    writer = types.SimpleNamespace(
+        add_scalar=lambda name, value, step: seen.append((name, value, step)),
+        close=lambda: seen.append("closed"),
+    )
+    monkeypatch.setitem(
+        sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=lambda path: writer)
+    )
+    run = types.SimpleNamespace(
+        log=lambda record, step: seen.append((record["loss"], step)),
+        finish=lambda: seen.append("finished"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: run))
+    config = tiny.config("llama", "log.tensorboard=true", "log.wandb=true")
+    mesh, structure = open_run(config)
+    with metrics.open_log(config, structure, mesh, tmp_path, start=0) as log:
+        log.step((1, values(3.0)))
+    assert ("loss", 3.0, 1) in seen and (3.0, 1) in seen
+    assert {"closed", "finished"} <= {item for item in seen if isinstance(item, str)}
+
+
+@pytest.mark.parametrize("name, module", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_logger_that_is_not_installed_is_named(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    config = tiny.config("llama", f"log.{name}=true")
+    mesh, structure = open_run(config)
+    with pytest.raises(UserError, match=rf"pip install 'jaxlm\[{name}\]'"):
+        with metrics.open_log(config, structure, mesh, tmp_path, start=0):
+            pass
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, ""),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-8]"}, "slurm"),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, ""),
+        ({"SLURM_NTASKS": "8"}, ""),  # an allocation, but not within srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "openmpi"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, ""),
+        ({"MEGASCALE_NUM_SLICES": "2"}, "tpu"),
+    ],
+)
+def test_the_launcher_is_found_from_its_variables(environment, expected):
+    assert launcher(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v5p", "TPU v5p"),
+        ("TPU v6 lite", "TPU v6e"), ("TPU v4", "TPU v4"), ("TPU7x", "TPU7x"),
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("cpu", "cpu"),
+    ],
+)  # fmt: skip
+def test_kinds_of_devices(name, expected):
+    import numpy as np
+
+    device = types.SimpleNamespace(device_kind=name)
+    mesh = types.SimpleNamespace(devices=np.array([device], object))
+    assert kind(mesh).name == expected

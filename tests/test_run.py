@@ -1,0 +1,195 @@
+"""Whole runs from the command line: what they write, how they go on, where they stop."""
+
+import json
+import shutil
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from jaxlm.cli import main
+from jaxlm.data import open_split
+
+KEYS = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "step_seconds"}
+STEPS = 60
+COMMON = ["devices.simulate=4", "mesh.fsdp=4", f"steps={STEPS}", "eval.every=30"]
+COMMON += ["checkpoint.every=10", "checkpoint.keep=10"]
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """A run that nobody disturbs."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    output = tiny.finish(start(run_dir, data))
+    return run_dir, output
+
+
+def start(run_dir, data, *overrides, common=COMMON, **settings):
+    where = [f"run.dir={run_dir}", f"data.path={data}"]
+    return tiny.command(
+        "train", tiny.CONFIGS / "llama.yaml", *where, *common, *overrides, **settings
+    )
+
+
+def test_a_run_writes_what_is_promised(alone):
+    run_dir, output = alone
+    steps = [r for r in tiny.records(run_dir) if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
+    assert all(KEYS <= r.keys() for r in steps)
+    assert steps[-1]["tokens"] == STEPS * 8 * 32
+    evaluations = [r for r in tiny.records(run_dir) if "eval/loss" in r]
+    assert [r["step"] for r in evaluations] == [30, 60]
+    assert evaluations[1]["eval/bits_per_byte"] < evaluations[0]["eval/bits_per_byte"]
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["embed_dim"] == 32
+    assert (run_dir / "checkpoints" / "60").is_dir()
+    assert "step 1/60 loss" in output and "\r" not in output
+
+
+def test_killed_and_started_again_the_losses_are_the_same_bits(alone, data, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, data)
+    wait_for_step(run_dir, 25)
+    process.kill()
+    process.communicate()
+    assert max(tiny.losses(run_dir)) < STEPS
+    output = tiny.finish(start(run_dir, data))
+    assert "resumed at step" in output
+    assert tiny.losses(run_dir) == tiny.losses(alone[0])
+    assert len(tiny.records(run_dir)) == len(tiny.records(alone[0]))
+
+
+def wait_for_step(run_dir, step):
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        if (run_dir / "metrics.jsonl").exists() and max(tiny.losses(run_dir), default=0) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_resumed_on_another_mesh_the_losses_agree(alone, data, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(alone[0], run_dir)
+    for step in range(20, STEPS + 1, 10):
+        shutil.rmtree(run_dir / "checkpoints" / str(step))
+    mesh = ["mesh.fsdp=2", "mesh.tensor=2"]
+    assert "resumed at step 10" in tiny.finish(start(run_dir, data, *mesh))
+    losses, expected = tiny.losses(run_dir), tiny.losses(alone[0])
+    assert losses.keys() == expected.keys()
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_two_processes_train_the_same_run(alone, data, tmp_path):
+    run_dir = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    together = [f"devices.coordinator=localhost:{port}", "devices.num_processes=2"]
+    common = ["devices.simulate=2", *COMMON[1:]]
+    processes = [
+        start(run_dir, data, *together, f"devices.process_id={i}", common=common) for i in (0, 1)
+    ]
+    for process in processes:
+        tiny.finish(process)
+    losses, expected = tiny.losses(run_dir), tiny.losses(alone[0])
+    assert losses.keys() == expected.keys()
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
+    here = ["devices.simulate=4", "mesh.fsdp=4"]
+    one_process = tiny.finish(tiny.command("eval", run_dir, "--json", *here))
+    original = tiny.finish(tiny.command("eval", alone[0], "--json"))
+    assert json.loads(one_process)["loss"] == pytest.approx(json.loads(original)["loss"], rel=1e-5)
+
+
+def test_interrupt_says_how_to_go_on(data, tmp_path):
+    process = start(tmp_path / "run", data, "steps=100000")
+    wait_for_step(tmp_path / "run", 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err and "Traceback" not in err
+
+
+def test_eval_is_the_same_on_every_mesh_and_counts_each_token_once(alone, data, capsys):
+    run_dir, _ = alone
+    found = []
+    wider = ["mesh.fsdp=8", "batch.sequences=56"]  # another number of rows to fill up
+    for mesh in (["mesh.fsdp=8"], ["mesh.fsdp=2", "mesh.tensor=4"], ["mesh.fsdp=-1"], wider):
+        assert main(["eval", str(run_dir), "--json", "devices.simulate=0", *mesh]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    np.testing.assert_allclose([f["loss"] for f in found], found[0]["loss"], rtol=1e-6)
+    assert {f["tokens"] for f in found} == {open_split(data, "validation").tokens - 1}
+    logged = [r["eval/loss"] for r in tiny.records(run_dir) if "eval/loss" in r]
+    assert found[0]["loss"] == pytest.approx(logged[-1], rel=1e-6)
+    assert found[0]["perplexity"] == pytest.approx(np.exp(found[0]["loss"]))
+
+
+def test_generate_export_import_round_trip(alone, tmp_path, capsys):
+    run_dir, _ = alone
+    here = ["devices.simulate=0", "mesh.fsdp=8"]
+    assert main(["generate", str(run_dir), "--prompt", "mesh ", "--temperature=0", *here]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("mesh ") and len(text) > 20
+    assert main(["export", str(run_dir), str(tmp_path / "hf"), *here]) == 0
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "again"), "mesh.fsdp=8"]) == 0
+    capsys.readouterr()
+    again = ["generate", str(tmp_path / "again"), "--prompt", "mesh ", "--temperature=0"]
+    assert main(again + ["precision.compute=float32"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_a_run_starts_from_imported_weights(alone, data, tmp_path, capsys):
+    run_dir, _ = alone
+    arguments = ["train", str(tiny.CONFIGS / "llama.yaml"), f"data.path={data}", "steps=2"]
+    arguments += [f"run.dir={tmp_path / 'tuned'}", f"checkpoint.start_from={run_dir}"]
+    assert main([*arguments, "mesh.data=8", "optimizer.train=[groups.*]"]) == 0
+    tuned, scratch = tiny.losses(tmp_path / "tuned")[1], tiny.losses(run_dir)[1]
+    assert tuned < 0.8 * scratch
+
+
+BAD = {
+    "unknown key": (["modle.embed_dim=3"], "model.embed_dim"),
+    "wrong type": (["steps=many"], "steps"),
+    "indivisible": (["mesh.tensor=8"], "model.num_heads=4"),
+    "too few devices": (["mesh.data=16"], "16"),
+    "unused devices": (["mesh.data=2"], "8"),
+    "batch": (["mesh.data=8", "batch.sequences=12"], "batch.sequences=12"),
+    "missing data": (["data.path=nowhere"], "data.path=nowhere"),
+    "vocabulary": (["model.vocab_size=100"], "model.vocab_size=100"),
+    "unwritable": (["run.dir=/proc/run"], "run.dir=/proc/run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, data, tmp_path, capfd):
+    overrides, expected = BAD[case]
+    where = [f"data.path={data}", f"run.dir={tmp_path / 'run'}", "mesh.data=-1"]
+    assert main(["train", str(tiny.CONFIGS / "llama.yaml"), *where, *overrides]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("jaxlm: ") and expected in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_model_does_not_take_over_a_run_directory(alone, data, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    shutil.copytree(alone[0], run_dir)
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    where = [f"data.path={data}", f"run.dir={run_dir}", "mesh.data=-1", "model.embed_dim=64"]
+    assert main(["train", str(tiny.CONFIGS / "llama.yaml"), *where]) == 2
+    assert "model.embed_dim=32 there, 64 here" in capfd.readouterr().err
+    assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+
+
+def test_an_unreadable_checkpoint_is_named_and_kept(alone, data, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    shutil.copytree(alone[0], run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "60" / "params")
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    where = [f"data.path={data}", f"run.dir={run_dir}", "mesh.data=-1", "steps=70"]
+    assert main(["train", str(tiny.CONFIGS / "llama.yaml"), *where]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "checkpoints/60" in err, err
+    assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}

@@ -1,0 +1,159 @@
+"""The step against closed formulas: loss, weights, microbatches, clipping, frozen weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from jaxlm.data import load, open_split
+from jaxlm.loss import token_losses
+from jaxlm.models.decoder import logits
+from jaxlm.sharding import batch_shardings
+from jaxlm.state import create_state
+from jaxlm.train import loss_and_grads, make_program, make_train_step
+
+MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+
+
+def open_run(config, num_devices):
+    program = make_program(config, jax.devices()[:num_devices])
+    mesh, layout, structure, optimizer, _, _ = program
+    with jax.set_mesh(mesh):
+        state = create_state(config, layout, optimizer, mesh)
+        shardings = batch_shardings(config, layout, mesh)
+        split = open_split(config.data.path, "train")
+        batch = next(load.batches(split, config.batch, 0, shardings))
+    return mesh, layout, structure, optimizer, state, batch
+
+
+def uneven(batch):
+    """The batch with weights that differ from row to row and token to token."""
+    weights = np.random.default_rng(0).random(batch["weights"].shape).astype(np.float32)
+    weights[:3] = 0
+    return batch | {"weights": jax.device_put(weights, batch["weights"].sharding)}
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("mesh", [[], MESH])
+def test_loss_is_cross_entropy_in_float64(data, mesh, chunks):
+    config = tiny.config("llama", f"data.path={data}", f"loss.chunks={chunks}", *mesh)
+    config_mesh, layout, structure, _, state, batch = open_run(config, 8 if mesh else 1)
+
+    def losses(params, batch):
+        model = structure.merge(params)
+        hidden, _, _ = model(batch["tokens"], batch["positions"], batch["segments"], layout)
+        head = model.head_weight(layout)
+        return (*token_losses(hidden, head, batch["targets"], config.model, layout, chunks),
+                logits(hidden, head, config.model))  # fmt: skip
+
+    with jax.set_mesh(config_mesh):
+        nll, z, scores = jax.jit(losses)(state.params, batch)
+    scores = np.asarray(scores, np.float64)[..., : config.model.vocab_size]
+    with jax.enable_x64(True):
+        expected = optax.softmax_cross_entropy_with_integer_labels(
+            jnp.asarray(scores), jnp.asarray(np.asarray(batch["targets"]))
+        )
+    log_z = np.log(np.exp(scores).sum(-1))
+    np.testing.assert_allclose(nll, expected, rtol=2e-6)
+    np.testing.assert_allclose(z, log_z**2, rtol=2e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_microbatches_are_weighted_by_tokens(data, family):
+    found = {}
+    for count in (1, 4):
+        config = tiny.config(family, f"data.path={data}", f"batch.microbatches={count}", *MESH[:1])
+        mesh, layout, structure, _, state, batch = open_run(config, 2)
+        with jax.set_mesh(mesh):
+            step = jax.jit(lambda s, b: loss_and_grads(config, structure, s, b, layout))  # noqa: B023
+            found[count] = jax.device_get(step(state, uneven(batch)))
+    (loss, weight, grads, aux), (loss_4, weight_4, grads_4, aux_4) = found[1], found[4]
+    np.testing.assert_allclose([loss_4, weight_4], [loss, weight], rtol=1e-6)
+    np.testing.assert_allclose(aux_4["z_loss"], aux["z_loss"], rtol=1e-6)
+    for name, grad in grads.items():
+        floor = 1e-4 * np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+        error = np.abs(grads_4[name] - grad).max() / max(np.abs(grad).max(), floor)
+        assert error < 1e-5, name
+
+
+def test_gradients_are_of_the_sum_and_clipped_to_the_norm(data):
+    config = tiny.config(
+        "llama", f"data.path={data}", "optimizer.clip_norm=0.01", "loss.z_loss=0.1", *MESH
+    )
+    mesh, layout, structure, optimizer, state, batch = open_run(config, 8)
+    with jax.set_mesh(mesh):
+        sums = jax.jit(lambda s, b: loss_and_grads(config, structure, s, b, layout))(state, batch)
+        loss, weight, grads, aux = jax.device_get(sums)
+        before = jax.device_get(state.params)
+        step = make_train_step(config, structure, layout, optimizer, {})
+        after, metrics = step(state, batch)
+    norm = np.sqrt(sum(np.sum((np.float64(g) / weight) ** 2) for g in grads.values()))
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(loss / weight, rel=1e-6)
+    assert float(metrics["z_loss"]) == pytest.approx(aux["z_loss"] / weight, rel=1e-6)
+    assert norm > 0.01  # so that it was clipped: Adam's first moment shows by how much
+    moments = after.opt[0].mu
+    clipped = np.sqrt(sum(np.sum(np.float64(m) ** 2) for m in jax.device_get(moments).values()))
+    assert clipped == pytest.approx((1 - config.optimizer.b1) * 0.01, rel=1e-4)
+    assert before["embed"].shape == after.params["embed"].shape
+
+
+def test_fixed_weights_do_not_change_and_have_no_moments(data):
+    overrides = [f"data.path={data}", "optimizer.train=[groups.*.q, final_norm.*]", *MESH]
+    losses, initial, _, state = tiny.run(tiny.config("llama", *overrides), 8, steps=5)
+    assert set(initial) == {"groups.0.0.q", "final_norm.scale"}
+    assert "embed" in state.fixed and "embed" not in state.opt[0].mu
+    everything = tiny.run(tiny.config("llama", f"data.path={data}"), 1, steps=1)[1]
+    np.testing.assert_array_equal(state.fixed["embed"], everything["embed"])
+    assert np.isfinite(losses).all()
+    for name, value in initial.items():
+        assert not np.array_equal(state.params[name], value)
+
+
+OPTIONS = {
+    "remat none": ["remat.policy=none"],
+    "remat dots": ["remat.policy=dots"],
+    "remat names": ["remat.policy=names", "remat.names=[query, key, value, attention, mlp]"],
+    "chunked attention": ["attention.backend=chunked", "attention.chunk=8"],
+    "chunks of the head": ["loss.chunks=8"],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_that_change_no_numbers(data, option):
+    where = f"data.path={data}"
+    expected = tiny.run(tiny.config("llama", where), 1, steps=5)[0]
+    losses = tiny.run(tiny.config("llama", where, *OPTIONS[option], *MESH), 8, steps=5)[0]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_qk_norm_and_soft_caps_on_every_axis(data, family):
+    options = [f"data.path={data}", "model.qk_norm=true", "model.attention_softcap=20"]
+    options += ["model.logit_softcap=5", "model.tie_embeddings=false"]
+    expected = tiny.run(tiny.config(family, *options), 1, steps=5)[0]
+    losses = tiny.run(tiny.config(family, *options, *MESH), 8, steps=5)[0]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    plain = tiny.run(tiny.config(family, f"data.path={data}"), 1, steps=1)[0]
+    assert abs(plain[0] - expected[0]) > 1e-5
+
+
+@pytest.mark.parametrize("reduce", ["float32", "bfloat16"])
+def test_bfloat16_compute_is_near_float32(data, reduce):
+    where = f"data.path={data}"
+    expected = tiny.run(tiny.config("llama", where), 1)[0]
+    options = ["precision.compute=bfloat16", f"precision.reduce={reduce}", *MESH]
+    losses = tiny.run(tiny.config("llama", where, *options), 8)[0]
+    np.testing.assert_allclose(losses, expected, rtol=0.02)
+    assert losses != expected
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion"])
+def test_the_other_optimizers_are_the_same_run_too(data, optimizer):
+    options = [f"data.path={data}", f"optimizer.name={optimizer}", "optimizer.learning_rate=1e-3"]
+    expected = tiny.run(tiny.config("gpt2", *options), 1)[0]
+    losses = tiny.run(tiny.config("gpt2", *options, *MESH), 8)[0]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert losses[-1] < losses[0]

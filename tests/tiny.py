@@ -1,0 +1,85 @@
+"""Tiny runs for the tests: configs, a dataset, and the losses of a run on some mesh."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxlm import configfile
+from jaxlm.data import load, open_split
+from jaxlm.data.prepare import prepare
+from jaxlm.sharding import batch_shardings
+from jaxlm.state import create_state
+from jaxlm.train import make_program
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def config(family: str, *overrides: str):
+    """A tiny config of a family."""
+    return configfile.load(CONFIGS / f"{family}.yaml", overrides)
+
+
+def make_data(out: Path) -> Path:
+    """A dataset of 40 short documents, bytes as tokens."""
+    source = out.parent / "texts"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    words = ["mesh", "axis", "shard", "token", "layer", "batch", "gather", "reduce"]
+    for i in range(40):
+        text = " ".join(rng.choice(words, rng.integers(5, 60)))
+        (source / f"{i:02}.txt").write_text(text)
+    prepare(out, [source], "bytes", validation_fraction=0.2, report=lambda _: None)
+    return out
+
+
+def run(config, num_devices: int, steps: int = 20):
+    """(losses, initial params, first batch, state) of a run on the first devices."""
+    mesh, layout, _, optimizer, train_step, _ = make_program(config, jax.devices()[:num_devices])
+    with jax.set_mesh(mesh):
+        state = create_state(config, layout, optimizer, mesh)
+        initial = {name: np.asarray(value) for name, value in state.params.items()}
+        batches = load.batches(
+            open_split(config.data.path, "train"), config.batch, config.seed,
+            batch_shardings(config, layout, mesh), segments=config.data.segments,
+        )  # fmt: skip
+        losses, first = [], None
+        for _ in range(steps):
+            batch = next(batches)
+            if first is None:
+                first = {name: np.asarray(value) for name, value in batch.items()}
+            state, metrics = train_step(state, batch)
+            losses.append(float(metrics["loss"]))
+        assert train_step._cache_size() == 1
+    return losses, initial, first, state
+
+
+def command(*arguments: str, **settings) -> subprocess.Popen:
+    """`jaxlm ARGUMENTS` in a process of its own, with real CPU devices only."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxlm", *map(str, arguments)],
+        env=environment | {"JAX_PLATFORMS": "cpu"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    """The output of a command that succeeds."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The JSON objects of a run's file."""
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """step -> training loss of a run."""
+    return {r["step"]: r["loss"] for r in records(run_dir) if "loss" in r}
