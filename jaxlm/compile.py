@@ -32,8 +32,8 @@ from jaxlm.state import abstract_state
 from jaxlm.train import Program, make_program
 
 
-def lower_train_step(config: cfg.Config, program: Program) -> jax.stages.Lowered:
-    """The train step traced on shapes only; `.compile()` needs the compiler, not the devices."""
+def trace_train_step(config: cfg.Config, program: Program) -> jax.stages.Traced:
+    """The train step on shapes only; `.lower().compile()` needs the compiler, not the devices."""
     mesh, layout = program.mesh, program.layout
     shape = (config.batch.sequences, config.batch.sequence_length)
     batch = {
@@ -44,7 +44,7 @@ def lower_train_step(config: cfg.Config, program: Program) -> jax.stages.Lowered
     }
     with jax.set_mesh(mesh):
         state = abstract_state(config, layout, program.optimizer, mesh)
-        return program.train_step.lower(state, batch)
+        return program.train_step.trace(state, batch)
 
 
 def tpu_devices(topology: str) -> list:
@@ -305,7 +305,7 @@ def report(config: cfg.Config, target: str) -> dict:
     """Compile for a target: memory, collectives (bytes: results, once per execution), backend."""
     program = make_program(config, target_devices(target))
     start = time.monotonic()
-    lowered = lower_train_step(config, program)
+    lowered = trace_train_step(config, program).lower()
     traced = time.monotonic()
     compiled = lowered.compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from jaxlm import attention, configfile
@@ -85,7 +86,7 @@ def count(found: list[compiler.Collective], layout) -> Counter:
 def compile_tiny(num_devices: int, *overrides: str):
     config = configfile.load(CONFIGS / "llama.yaml", ["model.tie_embeddings=false", *overrides])
     program = compiler.make_program(config, jax.devices()[:num_devices])
-    text = compiler.lower_train_step(config, program).compile().as_text()
+    text = compiler.trace_train_step(config, program).lower().compile().as_text()
     return config, program.layout, compiler.collectives(text)
 
 
@@ -147,6 +148,9 @@ ABSENT = {
     "2 hosts, 2 microbatches on GPU": (
         "h100:2x4", "xla", ["mesh.data=2", "mesh.fsdp=4", "batch.microbatches=2"], needs_cuda,
     ),
+    "2 hosts, bfloat16 sums on GPU": (
+        "h100:2x4", "xla", ["mesh.data=2", "mesh.fsdp=4", "precision.reduce=bfloat16"], needs_cuda,
+    ),
 }  # fmt: skip
 
 
@@ -166,8 +170,9 @@ def test_collectives_on_devices_that_are_not_here(name):
     for row in got["collectives"]:
         key = row["kind"], tuple(row["axes"]), row["loops"]
         found[key] += row["arrays"] - row["scalars"]
-        if key[:2] == ("all-reduce", ("data",)):  # all gradients but the norms', float32
-            assert row["bytes"] == 4 * large_weights(config.model) / config.mesh.fsdp
+        if key[:2] == ("all-reduce", ("data",)):  # all gradients but the norms'
+            width = np.dtype(config.precision.reduce).itemsize
+            assert row["bytes"] == width * large_weights(config.model) / config.mesh.fsdp
     want = expected(
         vars(config.mesh), config.batch.microbatches, config.gather_at, "gpu" if gpu else "tpu"
     )

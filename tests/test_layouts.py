@@ -1,8 +1,13 @@
 """One config on many meshes: the same initial bits and samples, the same losses to rounding."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
+
+from jaxlm.config import AXES
+from jaxlm.sharding import _hybrid_grid
 
 LAYOUTS = {
     "one device": (1, []),
@@ -48,3 +53,19 @@ def test_every_layout_is_the_same_run(layout, family, optimizer, data, reference
         np.testing.assert_array_equal(batch[name], value, err_msg=name)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert expected[-1] < expected[0]
+
+
+@pytest.mark.parametrize("granule", ["simulated", "process_index", "slice_index"])
+def test_a_dcn_factor_runs_across_granules(granule):
+    """data=4 over two slices or processes of four devices: its outer half is the granule."""
+    facts = dict(platform="cpu", device_kind="cpu", process_index=0, slice_index=0)
+    devices = [SimpleNamespace(**facts | {"id": i, granule: i // 4}) for i in range(8)]
+    if granule == "slice_index":  # a slice of two hosts: not processes, but slices stay together
+        devices = devices[::2] + devices[1::2]
+        for device in devices:
+            device.process_index = device.id // 2
+    size = lambda sizes: [sizes.get(axis, 1) for axis in AXES]
+    grid = _hybrid_grid(size({"data": 4, "fsdp": 2}), size({"data": 2}), devices)
+    found = np.vectorize(lambda device: device.id // 4)(grid).squeeze()
+    np.testing.assert_array_equal(found, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    assert len({device.id for device in grid.flat}) == 8

@@ -1,5 +1,8 @@
 """The step against closed formulas: loss, weights, microbatches, clipping, frozen weights."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 import tiny
 
+from jaxlm.compile import trace_train_step
 from jaxlm.data import load, open_split
 from jaxlm.loss import token_losses
 from jaxlm.models.decoder import logits
@@ -100,6 +104,28 @@ def test_gradients_are_of_the_sum_and_clipped_to_the_norm(data):
     assert before["embed"].shape == after.params["embed"].shape
 
 
+def test_gradients_of_the_z_loss_are_those_of_log_z_squared(data):
+    found = {}
+    for weight in (0.0, 0.5):
+        config = tiny.config("llama", f"data.path={data}", f"loss.z_loss={weight}")
+        mesh, layout, structure, _, state, batch = open_run(config, 1)
+        with jax.set_mesh(mesh):
+            step = jax.jit(lambda s, b: loss_and_grads(config, structure, s, b, layout))  # noqa: B023
+            found[weight] = jax.device_get(step(state, uneven(batch))[2])
+
+    def penalty(params, batch):
+        model = structure.merge(params)
+        hidden, _, _ = model(batch["tokens"], batch["positions"], batch["segments"], layout)
+        scores = logits(hidden, model.head_weight(layout), config.model)
+        return jnp.sum(batch["weights"] * jax.nn.logsumexp(scores, axis=-1) ** 2)
+
+    with jax.set_mesh(mesh):
+        expected = jax.device_get(jax.jit(jax.grad(penalty))(state.params, uneven(batch)))
+    for name, grad in expected.items():
+        error = np.abs(found[0.5][name] - found[0.0][name] - 0.5 * grad).max()
+        assert error < 1e-5 * np.abs(found[0.5][name]).max(), name
+
+
 def test_fixed_weights_do_not_change_and_have_no_moments(data):
     overrides = [f"data.path={data}", "optimizer.train=[groups.*.q, final_norm.*]", *MESH]
     losses, initial, _, state = tiny.run(tiny.config("llama", *overrides), 8, steps=5)
@@ -127,6 +153,47 @@ def test_options_that_change_no_numbers(data, option):
     expected = tiny.run(tiny.config("llama", where), 1, steps=5)[0]
     losses = tiny.run(tiny.config("llama", where, *OPTIONS[option], *MESH), 8, steps=5)[0]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def products(*overrides: str) -> int:
+    """Matrix products in the train step, before the compiler sees it."""
+    config = tiny.config("llama", *overrides)
+    traced = trace_train_step(config, make_program(config, jax.devices()[:1]))
+    return traced.lower().as_text().count("stablehlo.dot_general")
+
+
+def test_remat_recomputes_what_it_does_not_keep():
+    none, dots, full = (products(f"remat.policy={name}") for name in ("none", "dots", "full"))
+    # All of a layer but `down`, on whose result no gradient depends: q, kv, o, gate_up, two of
+    # attention, and the scales of two norms. dots: those of the last four, which map over a batch.
+    assert (full, dots) == (none + 8, none + 4)
+    keep = lambda names: products("remat.policy=names", f"remat.names=[{names}]")
+    assert keep("mlp") == keep("attention") == full - 1
+    assert keep("query,key,value") == full - 2
+    assert keep("query,key,value,attention,mlp") == full - 4
+
+
+def test_offloaded_activations_wait_on_the_host():
+    kept = ["remat.policy=names", "remat.names=[mlp,query]"]
+    for offload in ([], ["remat.offload=[mlp]"]):
+        config = tiny.config("llama", *kept, *offload)
+        traced = trace_train_step(config, make_program(config, jax.devices()[:1]))
+        # Two layers of gate and up, [batch, sequence, mlp] each; the query stays.
+        on_host = set(re.findall(r"f32<host>\[[\d,]+\]", str(traced.jaxpr)))
+        assert ("f32<host>[2,2,8,32,64]" in on_host) == bool(offload)
+        assert not any(shape.endswith("4,8]") for shape in on_host)
+
+
+@pytest.mark.parametrize("chunks", [1, 8])
+def test_full_logits_are_never_held(chunks):
+    """The largest array over the vocabulary is that of one chunk, in the compiled step too."""
+    batch = ["batch.sequences=4", "batch.sequence_length=64"]
+    config = tiny.config("llama", "model.vocab_size=1024", f"loss.chunks={chunks}", *batch)
+    program = make_program(config, jax.devices()[:1])
+    text = trace_train_step(config, program).lower().compile().as_text()
+    shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"\[([\d,]+)\]", text)]
+    tokens = [math.prod(s) // 1024 for s in shapes if 1024 in s and config.model.embed_dim not in s]
+    assert max(tokens) == 4 * 64 // chunks
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
