@@ -19,7 +19,7 @@ from jaxlm import checkpoint, configfile
 from jaxlm import config as cfg
 from jaxlm.models import llama
 from jaxlm.optim import make_optimizer
-from jaxlm.state import State, abstract_state, model_structure, open_mesh
+from jaxlm.state import State, abstract_state, create_state, model_structure, open_mesh
 
 # After a failure Orbax leaves behind reads and writes whose event loop is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -46,10 +46,15 @@ def make_config(mesh: dict[str, int], optimizer: str = "adamw", **model) -> cfg.
 
 def target(config: cfg.Config, count: int = 8) -> State:
     """The abstract state of a config on the first `count` devices."""
+    return on_devices(abstract_state, config, count)
+
+
+def on_devices(make, config: cfg.Config, count: int) -> State:
+    """abstract_state or create_state of a config on the first `count` devices."""
     mesh, layout = open_mesh(config, jax.devices()[:count])
     with jax.set_mesh(mesh):
         dims = model_structure(config.model, layout).dims
-        return abstract_state(config, layout, make_optimizer(config.optimizer, 10, dims), mesh)
+        return make(config, layout, make_optimizer(config.optimizer, 10, dims), mesh)
 
 
 def fill(abstract: State, step: int) -> State:
@@ -364,16 +369,18 @@ MESHES = [{"data": 2, "fsdp": 2}, {"fsdp": 4}, {"tensor": 4}]
 
 
 def worker(process: str, port: str, source: str, result: str) -> None:
-    """Restore what one process wrote onto three meshes over two processes, and save it again."""
+    """Over two processes: restore what one wrote onto three meshes, save it, and a new state."""
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     assert jax.process_count() == 2 and len(jax.devices()) == 4
     assert checkpoint.latest(source) == 1
-    manager = checkpoint.open_manager(result, cfg.Checkpoint(keep=2))
+    manager = checkpoint.open_manager(result, cfg.Checkpoint(keep=3))
     for step, mesh in enumerate(MESHES, 1):
         config = make_config(mesh)
         state = checkpoint.restore_state(source, 1, target(config, 4))
         data, saved = checkpoint.read_data(source, 1), checkpoint.read_config(source)
         checkpoint.save(manager, step, state, data, saved)
+    initial = on_devices(create_state, make_config(MESHES[0]), 4)
+    checkpoint.save(manager, 4, initial, data, saved)
     checkpoint.finish(manager)
     again = checkpoint.restore_state(manager, 3, target(make_config(MESHES[0]), 4))
     for x, y in zip(*map(jax.tree.leaves, (again.params, state.params)), strict=True):
@@ -402,10 +409,13 @@ def test_two_processes(tmp_path):
     ]  # fmt: skip
     output = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(output)
-    assert checkpoint.steps(result) == [2, 3]
+    assert checkpoint.steps(result) == [2, 3, 4]
     for step in (2, 3):
         for mesh, count in (({"fsdp": 4}, 4), ({"data": 4}, 4), ({}, 1)):
             restored = checkpoint.restore_state(result, step, target(make_config(mesh), count))
             expected = (state.params, state.fixed, state.opt)
             assert_same((restored.params, restored.fixed, restored.opt), expected)
     assert checkpoint.read_data(result, 3) == FACTS
+    here = on_devices(create_state, make_config({}), 1)
+    restored = checkpoint.restore_state(result, 4, target(make_config({}), 1))
+    assert_same(restored.params, here.params)
