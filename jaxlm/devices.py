@@ -34,6 +34,8 @@ KINDS = (
     ("tpu7x", Kind("TPU7x", 2307e12 / 2, 96e9, _TPU)),  # jax shows its two cores as devices
     ("tpu", Kind("TPU", 0, 0, _TPU)),
     ("a100", Kind("A100", 312e12, 80e9)),
+    ("h100 pcie", Kind("H100 PCIe", 756e12, 80e9)),
+    ("h100 nvl", Kind("H100 NVL", 835e12, 94e9)),
     ("h100", Kind("H100", 989e12, 80e9)),
     ("h200", Kind("H200", 989e12, 141e9)),
     ("b200", Kind("B200", 2250e12, 180e9)),

@@ -1,6 +1,6 @@
 """Held-out loss: every token of a split predicted once, the same on every mesh.
 
-Shapes: B batch, S sequence.
+Shapes: B batch, S sequence, M microbatches.
 """
 
 from __future__ import annotations
@@ -18,20 +18,27 @@ from jaxlm import config as cfg
 from jaxlm import devices, run
 from jaxlm.data import Split, check_vocab, open_split
 from jaxlm.data.load import evaluation_batches
-from jaxlm.loss import batch_losses
+from jaxlm.loss import batch_losses, split_batch
 from jaxlm.sharding import Layout, batch_shardings
 from jaxlm.state import Arrays, Structure
 
 
 def make_eval_step(config: cfg.Config, structure: Structure, layout: Layout, options: dict):
-    """jit(params, fixed, batch) -> (loss, weight) of each row, float32 [B], on every device."""
+    """jit(params, fixed, batch) -> (loss, weight) of each row, float32 [M, B/M], on every device.
+
+    Microbatch by microbatch, as in training: what could train can be evaluated.
+    """
 
     def eval_step(params: Arrays, fixed: Arrays, batch: Arrays):
         model = structure.merge(params, fixed)
-        nll_BS, _, _ = batch_losses(config, model, batch, layout)
-        weights_BS = batch["weights"]
-        rows = jnp.sum(nll_BS * weights_BS, axis=1), jnp.sum(weights_BS, axis=1)
-        return tuple(reshard(row_B, P(None)) for row_B in rows)
+
+        def part(_, batch: Arrays):
+            nll_BS, _, _ = batch_losses(config, model, batch, layout)
+            weights_BS = batch["weights"]
+            return None, (jnp.sum(nll_BS * weights_BS, axis=1), jnp.sum(weights_BS, axis=1))
+
+        _, rows = jax.lax.scan(part, None, split_batch(batch, config.batch.microbatches))
+        return tuple(reshard(row_MB, P(None, None)) for row_MB in rows)
 
     return jax.jit(eval_step, compiler_options=options)
 

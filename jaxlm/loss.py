@@ -1,9 +1,12 @@
 """Cross-entropy over a vocabulary that may be sharded; full logits are never held.
 
-Shapes: B batch, S sequence, N chunks, s tokens of a chunk, D embed, V padded vocabulary.
+Shapes: B batch, S sequence, M microbatches, N chunks, s tokens of a chunk, D embed, V padded
+vocabulary.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,18 @@ from jax.sharding import PartitionSpec as P
 from jaxlm import config as cfg
 from jaxlm.models.decoder import Decoder, logits
 from jaxlm.sharding import Layout
+
+
+def split_batch(batch: dict, count: int) -> dict:
+    """Every [B, S] as [M, B/M, S], each device keeping its own rows: part m has rows m, m+M, ..."""
+
+    def one(x_BS):
+        rows, length = x_BS.shape
+        b, s = jax.typeof(x_BS).sharding.spec
+        parts = jnp.reshape(x_BS, (rows // count, count, length), out_sharding=P(b, None, s))
+        return jnp.moveaxis(parts, 1, 0)
+
+    return jax.tree.map(one, batch)
 
 
 def batch_losses(config: cfg.Config, model: Decoder, batch: dict, layout: Layout):
@@ -33,7 +48,7 @@ def token_losses(hidden_BSD, head_VD, targets_BS, model: cfg.Model, layout: Layo
     # float32 here is the type in which the gradients of all chunks are summed.
     dtype, head_VD = head_VD.dtype, head_VD.astype(jnp.float32)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=chunks == 1)
     def one(hidden_BsD, targets_Bs):
         scores_BsV = logits(hidden_BsD, head_VD.astype(dtype), model)
         top_Bs = jax.lax.stop_gradient(jnp.max(scores_BsV, -1))

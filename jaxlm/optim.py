@@ -97,9 +97,7 @@ def global_norm(grads: Arrays) -> jax.Array:
 
 
 def clip_by_norm(grads: Arrays, norm: jax.Array, max_norm: float) -> Arrays:
-    """Scale gradients of global norm `norm` down to `max_norm` (arXiv:1211.5063); 0: never."""
-    if max_norm == 0:
-        return grads
+    """Scale gradients of global norm `norm` down to `max_norm` (arXiv:1211.5063)."""
     scale = max_norm / jnp.maximum(norm, max_norm)
     return {name: g * scale.astype(g.dtype) for name, g in grads.items()}
 

@@ -49,10 +49,17 @@ def _hybrid_grid(shape: list[int], outer: list[int], devices: list) -> np.ndarra
     from jax.experimental import mesh_utils
 
     inner = [size // factor for size, factor in zip(shape, outer, strict=True)]
-    granule = lambda d: getattr(d, "slice_index", None) if _has_slices(devices) else d.process_index
-    if len({granule(d) for d in devices}) > 1:
+    sliced = len({getattr(d, "slice_index", None) for d in devices}) > 1
+    count = len({d.slice_index if sliced else d.process_index for d in devices})
+    if count > 1 and math.prod(outer) != count:
+        factors = " x ".join(f"{a}={n}" for a, n in zip(cfg.AXES, outer, strict=True) if n > 1)
+        raise cfg.UserError(
+            f"mesh.dcn: {factors} is {math.prod(outer)}, and the devices are in {count} "
+            f"{'slices' if sliced else 'processes'}; make the product {count}"
+        )
+    if count > 1:
         return mesh_utils.create_hybrid_device_mesh(
-            inner, outer, devices, process_is_granule=not _has_slices(devices),
+            inner, outer, devices, process_is_granule=not sliced,
             allow_split_physical_axes=True,
         )  # fmt: skip
     # One process simulating several: consecutive devices form a granule.
@@ -63,10 +70,6 @@ def _hybrid_grid(shape: list[int], outer: list[int], devices: list) -> np.ndarra
         for i in pair
     ]
     return grid.transpose(order).reshape(shape)
-
-
-def _has_slices(devices: list) -> bool:
-    return len({getattr(d, "slice_index", None) for d in devices}) > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Layout:
 
     def take(self, table: jax.Array, index: jax.Array, out: str) -> jax.Array:
         """Rows of a gathered table [vocab embed]; its first dimension may be sharded."""
-        return table.at[index].get(out_sharding=self.spec(out), mode="clip")
+        return _take(table, index, self.spec(out), jax.typeof(table))
 
     def add_bias(self, equation: str, x: jax.Array, bias: jax.Array) -> jax.Array:
         """x + bias as "bs,d->bsd": an outer product with ones, so that its gradient can wait."""
@@ -169,11 +172,16 @@ class Layout:
         ones = jnp.ones([sizes[letter] for letter in ones_term], x.dtype, out_sharding=spec)
         # The transpose of `1.0 *` pins the sharding of a cotangent that comes straight from a
         # scan's carry; without it the compiler aborts on the unreduced sum.
-        return x + 1.0 * jnp.einsum(equation, ones, bias)
+        return x + 1.0 * jnp.einsum(equation, ones, bias.astype(x.dtype))
 
-    def move(self, x: jax.Array, dims: str) -> jax.Array:
-        """Reshard an activation to the dimensions' axes in use."""
-        return reshard(x, self.spec(dims))
+    def move(self, x: jax.Array, dims: str, over: str = "") -> jax.Array:
+        """Reshard an activation to the dimensions' axes in use.
+
+        `over` names the dimension of the weights that it meets: the gradients that come back from
+        all of them are added first, and then summed over the devices once.
+        """
+        spec = self.spec(dims)
+        return reshard(x, P(*spec, reduced=self.summed(over, spec)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -191,6 +199,57 @@ def _gather_backward(dtype, reduce_dtype, target, home, like, grad):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _take(table, index, out, kind):
+    """Rows of a table; the gradient of a row is summed in float32, however often it is taken."""
+    return table.at[index].get(out_sharding=out, mode="clip")
+
+
+def _take_forward(table, index, out, kind):
+    return _take(table, index, out, kind), index
+
+
+def _take_backward(out, kind, index, grad):
+    vocab = _axes(_partitions(kind.sharding.spec)[0])
+    rows = kind.sharding.shard_shape(kind.shape)[0]
+
+    def scatter(index, grad):  # local shards below
+        index = index - (jax.lax.axis_index(vocab) * rows if vocab else 0)
+        index = jnp.where((index >= 0) & (index < rows), index, rows)
+        zeros = jnp.zeros((rows, grad.shape[-1]), jnp.float32)
+        return zeros.at[index].add(grad.astype(jnp.float32), mode="drop").astype(kind.dtype)
+
+    # Mapped, because the partitioner gets an unreduced scatter wrong where a mesh axis of neither
+    # the batch nor the vocabulary comes before theirs.
+    entries, home = _partitions(out), kind.sharding.spec
+    spec = P(*_partitions(home), unreduced=home.reduced)
+    mapped = jax.shard_map(
+        scatter, in_specs=(P(*entries[:-1]), out), out_specs=spec, check_vma=False
+    )
+    return mapped(index, grad), None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def wide_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Einsum with a float32 result, whose gradients are products in the type of `x` and `y`."""
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _wide_forward(equation, x, y):
+    return wide_einsum(equation, x, y), (x, y)
+
+
+def _wide_backward(equation, operands, grad):
+    _, pull = jax.vjp(functools.partial(jnp.einsum, equation), *operands)
+    return pull(grad.astype(operands[0].dtype))
+
+
+wide_einsum.defvjp(_wide_forward, _wide_backward)
 
 
 def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
@@ -216,7 +275,8 @@ def make_layout(config: cfg.Config, sizes: dict[str, int], attention: cfg.Attent
     """The layout that a config names on a mesh of these sizes."""
     rules = {dim: cfg.RULES.get(dim, ()) for dim in cfg.DIMS} | config.rules
     if config.model.num_kv_heads < math.prod(sizes[a] for a in rules["kv_heads"]):
-        rules["kv_heads"] = rules["cache_kv_heads"] = ()  # replicated; each device uses its group
+        rules["kv_heads"] = ()  # replicated; each device uses its group
+        rules["cache_kv_heads"] = config.rules.get("cache_kv_heads", ())
     storage = {**cfg.STORAGE, **config.storage}
     frozen = lambda table: tuple((dim, tuple(axes)) for dim, axes in table.items())
     return Layout(

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm import checkpoint, configfile, data, devices, evaluate, generate, metrics, optim, run
 from jaxlm import config as cfg
 from jaxlm.data import load
-from jaxlm.loss import batch_losses
+from jaxlm.loss import batch_losses, split_batch
 from jaxlm.sharding import Layout, batch_shardings
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
 
@@ -87,7 +87,7 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
     if count == 1:
         (_, aux), grads = grad_fn(params, fixed, batch)
     else:
-        parts = jax.tree.map(functools.partial(_split_batch, count=count), batch)
+        parts = split_batch(batch, count)
         first = jax.tree.map(lambda x: x[0], parts)
         (_, aux), _ = jax.eval_shape(grad_fn, params, fixed, first)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
@@ -143,14 +143,6 @@ def _unreduced_zeros(weight: jax.Array) -> jax.Array:
     return jnp.zeros(
         weight.shape, jnp.float32, out_sharding=P(*spec.partitions, unreduced=spec.reduced)
     )
-
-
-def _split_batch(x_BS: jax.Array, count: int) -> jax.Array:
-    """[B, S] -> [M, B/M, S], each device keeping its own rows: microbatch m has rows m, m+M, ..."""
-    batch, length = x_BS.shape
-    b, s = jax.typeof(x_BS).sharding.spec
-    parts = jnp.reshape(x_BS, (batch // count, count, length), out_sharding=P(b, None, s))
-    return jnp.moveaxis(parts, 1, 0)
 
 
 def train(config: cfg.Config) -> None:

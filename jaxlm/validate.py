@@ -22,6 +22,11 @@ ARRAYS = (
     "embed heads head_dim", "embed kv_heads head_dim", "embed mlp", "vocab embed",
     "positions embed", "cache_batch cache_seq cache_kv_heads head_dim",
 )  # fmt: skip
+# Dimensions that stay in one piece, in use and (but for norms) at rest.
+WHOLE = {
+    "layers": "layers are scanned", "parts": "the parts of a weight are taken apart",
+    "norm": "a norm's scale meets whole vectors",
+}  # fmt: skip
 SEARCH = 1 << 16  # no axis is larger: bounds the search for sizes that work
 
 Table = dict[str, tuple[str, ...]]
@@ -129,8 +134,9 @@ def _check_tables(config: Config) -> None:
                     raise UserError(f"{name}: {axis!r} is not a mesh axis{_or_list(axis, AXES)}")
                 if axes.count(axis) > 1:
                     raise UserError(f"{name}: axis {axis} is given twice; once is enough")
-            if dim == "layers" and set(axes) - {"stage"}:
-                raise UserError(f"{name}: layers are scanned and cannot be split; use {name}=[]")
+            whole = WHOLE.get(dim, "") if (table, dim) != ("storage", "norm") else ""
+            if whole and set(axes) - ({"stage"} if dim == "layers" else set()):
+                raise UserError(f"{name}: {whole} and cannot be split; use {name}=[]")
 
 
 def _check_arrays(rules: Table, sizes: dict[str, int]) -> None:
@@ -308,6 +314,8 @@ def _check_heads(config: Config, rules: Table, storage: Table, sizes: dict[str, 
     extra = _axes(storage, "kv_heads", sizes)
     if extra:
         _divide("model.num_kv_heads", kv, (ways if count <= kv else {}) | extra)
+    if count <= kv or "cache_kv_heads" in config.rules:  # replicated heads are so in the cache too
+        _divide("model.num_kv_heads", kv, _axes(rules, "cache_kv_heads", sizes))
 
 
 def _check_weights(config: Config, rules: Table, storage: Table, sizes: dict[str, int]) -> None:

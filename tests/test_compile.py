@@ -20,7 +20,7 @@ from jaxlm import compile as compiler
 from jaxlm import config as cfg
 
 CONFIGS = Path(__file__).parent / "configs"
-WEIGHTS, NORMS, TABLES = 5, 3, 2  # of a layer: q kv o gate_up down; norms with the final one
+WEIGHTS, NORMS, TABLES = 7, 3, 2  # of a layer: q k v o gate up down; norms with the final one
 LAYOUTS = {
     "one device": (1, []),
     "data": (8, ["mesh.data=8"]),
@@ -64,9 +64,8 @@ def expected(sizes: dict[str, int], microbatches: int, gather_at: str, kind: str
     if tensor:
         # Into attention and MLP: forward, recomputed; out of them: the gradients' way back.
         want["all-gather", ("tensor",), layer] += 2 + 2 + 2
-        # Out: forward 2, recomputed 1 (the second norm's input); back in: q and kv, gate_up. CPU
-        # reduces the gradients of q and kv before it adds them; the others add first.
-        want[scatter, ("tensor",), layer] += 2 + 1 + 2 + cpu
+        # Out: forward 2, recomputed 1 (the second norm's input); back in: into attention and MLP.
+        want[scatter, ("tensor",), layer] += 2 + 1 + 2
         want["all-gather", ("tensor",), outside] += 2  # into the head; out of the embedding, back
         want[scatter, ("tensor",), outside] += 1  # out of the embedding
         # Each chunk of the loss: maximum, sum, target; recomputed: maximum, sum; hidden's gradient.

@@ -381,6 +381,13 @@ def test_valid(base, file, overrides, devices):
         (["storage.embed=[fdsp]"], ["'fdsp' is not a mesh axis; did you mean fsdp?"]),
         (["rules.mlp=[tensor,tensor]"], ["axis tensor is given twice"]),
         (["rules.layers=[fsdp]"], ["rules.layers", "use rules.layers=[]"]),
+        (["rules.norm=[tensor]"], ["rules.norm", "use rules.norm=[]"]),
+        (["rules.parts=[tensor]"], ["rules.parts", "use rules.parts=[]"]),
+        (["storage.parts=[fsdp]"], ["storage.parts", "use storage.parts=[]"]),
+        (
+            ["mesh.fsdp=4", "mesh.data=1", "rules.cache_kv_heads=[fsdp]", "rules.cache_batch=[]"],
+            ["model.num_kv_heads", "mesh.fsdp=4"],
+        ),
         (["rules.seq=[tensor]", "mesh.tensor=2"], ["rules.seq and rules.heads both use axis"]),
         (["mesh.data=32"], ["batch.sequences=16", "mesh.data=32", "batch.sequences=32", "=16"]),
         (["mesh.data=4", "batch.microbatches=3"], ["12 (mesh.data=4 x batch.microbatches=3)"]),

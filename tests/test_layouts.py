@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxlm.config import AXES
+from jaxlm.config import AXES, UserError
 from jaxlm.sharding import _hybrid_grid
 
 LAYOUTS = {
@@ -19,6 +19,10 @@ LAYOUTS = {
     "data x fsdp x tensor": (8, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
     "dcn": (8, ["mesh.data=4", "mesh.fsdp=2", "mesh.dcn={data: 2}"]),
     "microbatches": (2, ["mesh.data=2", "batch.microbatches=4"]),
+    "batch on fewer axes": (
+        8,
+        ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "rules.batch=[fsdp]"],
+    ),
     "expert as a batch axis": (4, ["mesh.expert=2", "mesh.fsdp=2"]),
     "gathered once a step": (
         4,
@@ -69,3 +73,6 @@ def test_a_dcn_factor_runs_across_granules(granule):
     found = np.vectorize(lambda device: device.id // 4)(grid).squeeze()
     np.testing.assert_array_equal(found, [[0, 0], [0, 0], [1, 1], [1, 1]])
     assert len({device.id for device in grid.flat}) == 8
+    if granule != "simulated":
+        with pytest.raises(UserError, match="mesh.dcn: data=4 is 4, and the devices are in 2 "):
+            _hybrid_grid(size({"data": 4, "fsdp": 2}), size({"data": 4}), devices)

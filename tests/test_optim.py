@@ -423,6 +423,6 @@ def test_global_norm_and_clip():
 def test_clip_leaves_small_gradients_alone():
     grads = place(gradients(0))
     zero = jax.tree.map(jnp.zeros_like, grads)
-    for given, norm, limit in [(grads, 2.0, 2.0), (grads, 9.0, 0.0), (zero, 0.0, 1.0)]:
+    for given, norm, limit in [(grads, 2.0, 2.0), (zero, 0.0, 1.0)]:
         clipped = optim.clip_by_norm(given, jnp.float32(norm), limit)
         jax.tree.map(np.testing.assert_array_equal, clipped, given)

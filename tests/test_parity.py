@@ -130,8 +130,10 @@ def error(ours, expected, norm=0.0):
 @pytest.mark.parametrize("case", MODELS)
 def test_logits_and_gradients_are_those_of_transformers(case, mesh_case, theirs):
     directory, model = theirs(case)
-    config, mesh, layout, structure, params = opened(directory, mesh_case)
+    config, mesh, layout, structure, params = opened(directory, mesh_case, "loss.z_loss=0.01")
     batch = make_batch(config.model.vocab_size)
+    weights = np.random.default_rng(2).random((ROWS, LENGTH), np.float32)
+    batch["weights"] = weights * (weights > 0.2)
     scores = our_logits(config, mesh, layout, structure, params, batch)
     expected = their_logits(model, batch["tokens"])
     assert np.abs(expected).max() > 1
@@ -141,16 +143,18 @@ def test_logits_and_gradients_are_those_of_transformers(case, mesh_case, theirs)
     step = jax.jit(lambda state, batch: loss_and_grads(config, structure, state, batch, layout))
     with jax.set_mesh(mesh):
         loss, weight, grads, _ = step(state, place_batch(batch, config, layout, mesh))
-    assert float(weight) == ROWS * LENGTH
+    assert float(weight) == pytest.approx(batch["weights"].sum(), rel=1e-6)
     model.zero_grad()
     scores = model(torch.tensor(batch["tokens"], dtype=torch.long)).logits
-    targets = torch.tensor(batch["targets"], dtype=torch.long)
-    mean = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
-    mean.backward()
+    targets, w = torch.tensor(batch["targets"], dtype=torch.long), torch.tensor(batch["weights"])
+    nll = torch.nn.functional.cross_entropy(scores.transpose(1, 2), targets, reduction="none")
+    log_z = torch.logsumexp(scores, -1)
+    ((w * (nll + 0.01 * log_z**2)).sum() / w.sum()).backward()
+    mean = (w * nll).sum() / w.sum()
     assert float(loss) / float(weight) == pytest.approx(mean.item(), rel=1e-5)
     wanted = {name: p.grad.numpy() for name, p in model.named_parameters()}
     norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in wanted.values()))
-    grads = {name: np.asarray(g) / (ROWS * LENGTH) for name, g in grads.items()}
+    grads = {name: np.asarray(g) / batch["weights"].sum() for name, g in grads.items()}
     places = tensors(config.model.family, structure.shapes, config.model.vocab_size)
     assert {place.name for place in places} == wanted.keys()
     for place in places:

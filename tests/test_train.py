@@ -1,5 +1,6 @@
 """The step against closed formulas: loss, weights, microbatches, clipping, frozen weights."""
 
+import functools
 import math
 import re
 
@@ -10,6 +11,7 @@ import optax
 import pytest
 import tiny
 
+from jaxlm import evaluate
 from jaxlm.compile import trace_train_step
 from jaxlm.data import load, open_split
 from jaxlm.loss import token_losses
@@ -124,6 +126,84 @@ def test_gradients_of_the_z_loss_are_those_of_log_z_squared(data):
     for name, grad in expected.items():
         error = np.abs(found[0.5][name] - found[0.0][name] - 0.5 * grad).max()
         assert error < 1e-5 * np.abs(found[0.5][name]).max(), name
+
+
+BFLOAT16 = {
+    "layer": ["loss.chunks=8"],
+    "step": ["gather_at=step", "batch.microbatches=8", "loss.chunks=8"],
+    "sharded": ["batch.microbatches=2", *MESH],
+}
+
+
+@pytest.mark.parametrize("case", BFLOAT16)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sums_in_bfloat16_compute_are_in_float32(family, case, zipf_gradients):
+    """Gradients of 8192 tokens, a sixth of them one word: as near as the products allow."""
+    expected = zipf_gradients(family, "float32")
+    for name, grad in zipf_gradients(family, "bfloat16", *BFLOAT16[case]).items():
+        error = np.linalg.norm(grad - expected[name]) / np.linalg.norm(expected[name])
+        assert error < 0.012, (name, error)
+
+
+@pytest.fixture(scope="module")
+def zipf_gradients(data):
+    """(family, compute type, overrides) -> gradients of tokens that follow Zipf's law, float64."""
+    chance = 1 / np.arange(1, 301)
+    words = np.random.default_rng(0).choice(300, (16, 513), p=chance / chance.sum())
+    rows = np.ones((16, 512), np.int32)
+    batch = {"tokens": words[:, :-1], "targets": words[:, 1:], "segments": rows}
+    batch |= {"weights": rows.astype(np.float32), "positions": rows * np.arange(512)}
+
+    @functools.cache
+    def gradients(family, compute, *overrides):
+        longer = ["model.max_positions=512"] if family == "gpt2" else []
+        config = tiny.config(
+            family, f"data.path={data}", f"precision.compute={compute}", "model.init_std=0.1",
+            "batch.sequences=16", "batch.sequence_length=512", "attention.backend=chunked",
+            "attention.chunk=64", "loss.z_loss=0", *longer, *overrides,
+        )  # fmt: skip
+        count = 8 if config.mesh.tensor > 1 else 1
+        mesh, layout, structure, optimizer, _, _ = make_program(config, jax.devices()[:count])
+        with jax.set_mesh(mesh):
+            state = create_state(config, layout, optimizer, mesh)
+            placed = {
+                name: jax.device_put(
+                    batch[name].astype(np.float32 if name == "weights" else int), s
+                )
+                for name, s in batch_shardings(config, layout, mesh).items()
+            }
+            step = jax.jit(lambda s, b: loss_and_grads(config, structure, s, b, layout))
+            grads = jax.device_get(step(state, placed)[2])
+        # GPT-2's key bias has none but rounding.
+        return {
+            name: np.asarray(g if name != "groups.0.0.qkv_bias" else g[:, ::2], np.float64)
+            for name, g in grads.items()
+        }
+
+    return gradients
+
+
+def test_the_state_is_donated(data):
+    mesh, layout, structure, optimizer, state, batch = open_run(
+        config := tiny.config("llama", f"data.path={data}", *MESH), 8
+    )
+    with jax.set_mesh(mesh):
+        make_train_step(config, structure, layout, optimizer, {})(state, batch)
+    assert all(array.is_deleted() for array in jax.tree.leaves(state))
+
+
+def test_evaluation_holds_no_more_than_a_microbatch(data):
+    """Activations of the eval step, in temporary bytes of the compiled program."""
+    bytes_ = {}
+    for count in (1, 8):
+        long = ["batch.sequences=32", "batch.sequence_length=128", f"batch.microbatches={count}"]
+        config = tiny.config("llama", f"data.path={data}", *long)
+        mesh, layout, structure, _, state, batch = open_run(config, 1)
+        with jax.set_mesh(mesh):
+            step = evaluate.make_eval_step(config, structure, layout, {})
+            compiled = step.lower(state.params, state.fixed, batch).compile()
+        bytes_[count] = compiled.memory_analysis().temp_size_in_bytes
+    assert bytes_[8] < bytes_[1] / 4
 
 
 def test_fixed_weights_do_not_change_and_have_no_moments(data):

@@ -6,6 +6,8 @@ H query heads, K kv heads, C head_dim.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -26,7 +28,7 @@ def attend(q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float) 
     # float32 here is the type in which the gradients of all chunks are summed.
     k_BTKC, v_BTKC = k_BTKC.astype(jnp.float32), v_BTKC.astype(jnp.float32)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(q_BsHC, ids_Bs, start, k_BtKC, v_BtKC):
         queries_s, keys_t = start + jnp.arange(size), jnp.arange(k_BtKC.shape[1])
         mask_Bst = (queries_s[:, None] >= keys_t[None, :])[None]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, wide_einsum
 
 CACHE = "cache_batch cache_seq cache_kv_heads head_dim"  # keys and values of a layer
 
@@ -27,9 +27,7 @@ def attend(q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float) 
 def masked_attention(q_BSHC, k_BTKC, v_BTKC, mask_BST, layout: Layout, softcap: float) -> jax.Array:
     """softmax(q k / sqrt(C)) v where the mask is true; scores and softmax in float32."""
     q_BSKGC, k_BTKC, v_BTKC = group_heads(q_BSHC, k_BTKC, v_BTKC, layout)
-    scores_BKGST = jnp.einsum(
-        "bskgc,btkc->bkgst", q_BSKGC, k_BTKC, preferred_element_type=jnp.float32
-    )
+    scores_BKGST = wide_einsum("bskgc,btkc->bkgst", q_BSKGC, k_BTKC)
     scores_BKGST *= q_BSHC.shape[-1] ** -0.5
     if softcap:
         scores_BKGST = softcap * jnp.tanh(scores_BKGST / softcap)

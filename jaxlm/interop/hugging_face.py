@@ -53,7 +53,7 @@ class Tensor:
 
     name: str  # Hugging Face's
     ours: str
-    place: tuple[int, ...]  # leading indices into our array: layer, part
+    place: tuple[int, ...]  # leading indices into our array: its layer, where stacked
     pattern: str  # our dimensions -> theirs
     sizes: tuple[int, ...]  # of our dimensions, the vocabulary without its padding
 
@@ -78,14 +78,12 @@ def tensors(family: str, shapes: Mapping[str, tuple[int, ...]], vocab_size: int)
     for ours, shape in shapes.items():
         if ours not in names:
             raise cfg.UserError(f"{ours}: Hugging Face's {family} has no such parameter")
-        pattern, *templates = names[ours]
+        pattern, template = names[ours]
         letters, _ = parse_pattern(pattern)
         lead, sizes = shape[: -len(letters)], shape[-len(letters) :]
         sizes = tuple(vocab_size if x == "v" else n for x, n in zip(letters, sizes, strict=True))
         for place in itertools.product(*map(range, lead)):
-            layer = place[0] if place else 0
-            part = place[-1] if len(templates) > 1 else 0
-            name = templates[part].format(layer=layer)
+            name = template.format(layer=place[0] if place else 0)
             found.append(Tensor(name, ours, place, pattern, sizes))
     return found
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxlm import config as cfg
 from jaxlm.models import family_module
 from jaxlm.models.layers import normal
-from jaxlm.sharding import SUMMED, Layout
+from jaxlm.sharding import SUMMED, Layout, wide_einsum
 
 nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
@@ -111,6 +111,8 @@ def _keep_dots(primitive, *operands, **params) -> bool:
     """Keep products with weights; of those whose sum is still spread over devices, the sum."""
     if primitive.name == "name":
         return params["name"] == SUMMED
+    if primitive.name == "dot_general" and not params["dimension_numbers"][0][0]:
+        return False  # a bias: nothing is summed
     sharding = params.get("out_sharding")
     whole = sharding is None or not sharding.spec.unreduced
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
@@ -119,7 +121,7 @@ def _keep_dots(primitive, *operands, **params) -> bool:
 
 def logits(hidden: jax.Array, head_VD: jax.Array, config: cfg.Model) -> jax.Array:
     """Scores over the padded vocabulary, float32; padding is -inf."""
-    scores = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
+    scores = wide_einsum("...d,vd->...v", hidden, head_VD)
     if config.logit_softcap:
         scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
     real = jnp.arange(scores.shape[-1]) < config.vocab_size

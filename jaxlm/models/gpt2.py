@@ -73,7 +73,7 @@ class Block(nnx.Module):
         """One layer: (residual stream, cache, aux)."""
         s, w = layout, layout.gather
         add = lambda terms, y, bias: y if bias is None else s.add_bias(terms, y, w(bias))
-        h_BSD = s.move(self.attention_norm(x_BSD, s), "batch seq _")
+        h_BSD = s.move(self.attention_norm(x_BSD, s), "batch seq _", over="heads")
         qkv_ZBSHC = s.dot("bsd,zdhc->zbshc", h_BSD, w(self.qkv))
         q_BSHC, k_BSHC, v_BSHC = add("bs,zhc->zbshc", qkv_ZBSHC, self.qkv_bias)
         if self.q_norm is not None and self.k_norm is not None:
@@ -86,7 +86,7 @@ class Block(nnx.Module):
         y_BSD = s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _")
         x_BSD += add("bs,d->bsd", y_BSD, self.o_bias)
 
-        h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _")
+        h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _", over="mlp")
         h_BSF = add("bs,f->bsf", s.dot("bsd,df->bsf", h_BSD, w(self.up)), self.up_bias)
         h_BSF = jax.nn.gelu(checkpoint_name(h_BSF, "mlp"), approximate=True)
         y_BSD = s.dot("bsf,fd->bsd", h_BSF, w(self.down), out="batch residual_seq _")
@@ -98,7 +98,7 @@ class Block(nnx.Module):
 PREFIX = "transformer."  # of every tensor but the head; files of the bare model lack it
 IGNORED = ("*.attn.bias", "*.attn.masked_bias")  # causal masks, in old files
 _LAYER = "transformer.h.{layer}."
-NAMES: dict[str, tuple[str, ...]] = {
+NAMES: dict[str, tuple[str, str]] = {
     "embed": ("vd->vd", "transformer.wte.weight"),
     "positions": ("pd->pd", "transformer.wpe.weight"),
     "final_norm.scale": ("d->d", "transformer.ln_f.weight"),

@@ -56,7 +56,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.epsilon)
-        return _scale(x32.astype(x.dtype), layout.gather(self.scale))
+        return _scale(x32, layout.gather(self.scale)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -72,14 +72,16 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, -1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.epsilon)
-        y = _scale(x32.astype(x.dtype), layout.gather(self.scale))
-        return y if self.bias is None else layout.add_bias("bs,d->bsd", y, layout.gather(self.bias))
+        x32 = _scale(x32, layout.gather(self.scale))
+        if self.bias is not None:
+            x32 = layout.add_bias("bs,d->bsd", x32, layout.gather(self.bias))
+        return x32.astype(x.dtype)
 
 
 def _scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x * scale over the last dimension, as a product whose gradient can stay unreduced."""
     letters = "abcd"[: x.ndim - 1]
-    return jnp.einsum(f"{letters}z,z->{letters}z", x, scale)
+    return jnp.einsum(f"{letters}z,z->{letters}z", x, scale.astype(x.dtype))
 
 
 def rotary_table(positions_BS: jax.Array, frequencies_C: jax.Array) -> tuple[jax.Array, jax.Array]:

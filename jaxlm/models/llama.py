@@ -78,32 +78,30 @@ class Block(nnx.Module):
     """Attention and a gated MLP, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
-        c, keys = config, jax.random.split(key, 5)
+        c, keys = config, jax.random.split(key, 7)
         std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
         qkv = (c.embed_dim, c.num_heads, c.head_dim)
         self.softcap = c.attention_softcap
         self.attention_norm = RMSNorm(c, layout)
         self.q = layout.param(normal(keys[0], std), qkv, "embed heads head_dim")
-        self.kv = layout.param(
-            normal(keys[1], std),
-            (2, c.embed_dim, c.num_kv_heads, c.head_dim),
-            "parts embed kv_heads head_dim",
-        )
-        self.o = layout.param(normal(keys[2], std_out), qkv[1:] + qkv[:1], "heads head_dim embed")
+        kv = (c.embed_dim, c.num_kv_heads, c.head_dim)
+        self.k = layout.param(normal(keys[1], std), kv, "embed kv_heads head_dim")
+        self.v = layout.param(normal(keys[2], std), kv, "embed kv_heads head_dim")
+        self.o = layout.param(normal(keys[3], std_out), qkv[1:] + qkv[:1], "heads head_dim embed")
         head_norm = lambda over: RMSNorm(c, layout, c.head_dim, over) if c.qk_norm else None
         self.q_norm, self.k_norm = head_norm("batch seq heads"), head_norm("batch seq kv_heads")
         self.mlp_norm = RMSNorm(c, layout)
-        self.gate_up = layout.param(
-            normal(keys[3], std), (2, c.embed_dim, c.mlp_dim), "parts embed mlp"
-        )
-        self.down = layout.param(normal(keys[4], std_out), (c.mlp_dim, c.embed_dim), "mlp embed")
+        self.gate = layout.param(normal(keys[4], std), (c.embed_dim, c.mlp_dim), "embed mlp")
+        self.up = layout.param(normal(keys[5], std), (c.embed_dim, c.mlp_dim), "embed mlp")
+        self.down = layout.param(normal(keys[6], std_out), (c.mlp_dim, c.embed_dim), "mlp embed")
 
     def __call__(self, x_BSD, table, segments_BS, layout: Layout, cache=None):
         """One layer: (residual stream, cache, aux)."""
         s, w = layout, layout.gather
-        h_BSD = s.move(self.attention_norm(x_BSD, s), "batch seq _")
+        h_BSD = s.move(self.attention_norm(x_BSD, s), "batch seq _", over="kv_heads")
         q_BSHC = s.dot("bsd,dhc->bshc", h_BSD, w(self.q))
-        k_BSKC, v_BSKC = s.dot("bsd,zdkc->zbskc", h_BSD, w(self.kv))
+        k_BSKC = s.dot("bsd,dkc->bskc", h_BSD, w(self.k))
+        v_BSKC = s.dot("bsd,dkc->bskc", h_BSD, w(self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSKC = self.q_norm(q_BSHC, s), self.k_norm(k_BSKC, s)
         q_BSHC = checkpoint_name(rotate(q_BSHC, table), "query")
@@ -114,36 +112,31 @@ class Block(nnx.Module):
         )
         x_BSD += s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _")
 
-        h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _")
-        gate_BSF, up_BSF = checkpoint_name(s.dot("bsd,zdf->zbsf", h_BSD, w(self.gate_up)), "mlp")
+        h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _", over="mlp")
+        gate_BSF = checkpoint_name(s.dot("bsd,df->bsf", h_BSD, w(self.gate)), "mlp")
+        up_BSF = checkpoint_name(s.dot("bsd,df->bsf", h_BSD, w(self.up)), "mlp")
         h_BSF = jax.nn.silu(gate_BSF) * up_BSF
         x_BSD += s.dot("bsf,fd->bsd", h_BSF, w(self.down), out="batch residual_seq _")
         return x_BSD, cache, {}
 
 
 # Hugging Face (see jaxlm/interop): our layer as letters -> their tensor's dimensions, and its
-# names; several names are the entries of our leading `parts`. Letters: the legend above, v vocab.
+# name. Letters: the legend above, v vocab.
 PREFIX = "model."  # of every tensor but the head; files of the bare model lack it
 IGNORED = ("*.rotary_emb.inv_freq",)  # not parameters, in old files
 _LAYER = "model.layers.{layer}."
-NAMES: dict[str, tuple[str, ...]] = {
+NAMES: dict[str, tuple[str, str]] = {
     "embed": ("vd->vd", "model.embed_tokens.weight"),
     "final_norm.scale": ("d->d", "model.norm.weight"),
     "head": ("vd->vd", "lm_head.weight"),
     "groups.0.0.attention_norm.scale": ("d->d", _LAYER + "input_layernorm.weight"),
     "groups.0.0.q": ("dhc->(hc)d", _LAYER + "self_attn.q_proj.weight"),
-    "groups.0.0.kv": (
-        "dkc->(kc)d",
-        _LAYER + "self_attn.k_proj.weight",
-        _LAYER + "self_attn.v_proj.weight",
-    ),
+    "groups.0.0.k": ("dkc->(kc)d", _LAYER + "self_attn.k_proj.weight"),
+    "groups.0.0.v": ("dkc->(kc)d", _LAYER + "self_attn.v_proj.weight"),
     "groups.0.0.o": ("hcd->d(hc)", _LAYER + "self_attn.o_proj.weight"),
     "groups.0.0.mlp_norm.scale": ("d->d", _LAYER + "post_attention_layernorm.weight"),
-    "groups.0.0.gate_up": (
-        "df->fd",
-        _LAYER + "mlp.gate_proj.weight",
-        _LAYER + "mlp.up_proj.weight",
-    ),
+    "groups.0.0.gate": ("df->fd", _LAYER + "mlp.gate_proj.weight"),
+    "groups.0.0.up": ("df->fd", _LAYER + "mlp.up_proj.weight"),
     "groups.0.0.down": ("fd->df", _LAYER + "mlp.down_proj.weight"),
 }
 
