@@ -30,8 +30,13 @@ FORMAT = 1  # of a checkpoint; a reader refuses a newer one
 ARRAYS, JSON = ("params", "fixed", "opt"), ("data", "config")
 PathLike = str | os.PathLike[str]
 
-# Orbax logs its progress, and the errors that it raises as well.
+# Orbax logs its progress, and the errors that it raises as well; of a read that failed, the rest
+# comes in after its event loop is closed.
 logging.getLogger("absl").addFilter(lambda record: "orbax/checkpoint" not in record.pathname)
+for _name in ("asyncio", "concurrent.futures"):
+    logging.getLogger(_name).addFilter(
+        lambda record: "Event loop is closed" not in str((record.exc_info or (0, 0))[1])
+    )
 
 
 def open_manager(
@@ -197,7 +202,13 @@ def refuse_other_run(
         return []
     old = read_config(directory, step)
     changes = configfile.differences(old, config, "checkpoint")
-    there = read_data(directory, step).get("tokenizer_sha256")
+    facts = read_data(directory, step)
+    if not facts:
+        raise cfg.UserError(
+            f"run.dir={run_dir} holds imported weights; to train them choose another run.dir, "
+            f"with checkpoint.start_from={run_dir}"
+        )
+    there = facts.get("tokenizer_sha256")
     here = data_facts["tokenizer_sha256"]
     if there != here:
         changes.append(("tokenizer", str(there)[:12], here[:12]))
@@ -248,10 +259,11 @@ def _compare(what: str, saved: dict, abstract: dict, config: dict[str, Any]) -> 
         if there.get(name) != here.get(name)
     ]
     if differ:
-        name = config.get("optimizer", {}).get("name")
+        optimizer = config.get("optimizer", {})
         raise cfg.UserError(
             f"{what} does not fit this config: {_first(differ)}; it was saved with "
-            f"optimizer.name={name}: use the config of that run, or another run.dir"
+            f"optimizer.name={optimizer.get('name')} optimizer.train={optimizer.get('train')}: "
+            "use the config of that run, or another run.dir"
         )
 
 

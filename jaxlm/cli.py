@@ -28,6 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxlm: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        line = str(error).splitlines()[0]
+        hint = "more batch.microbatches, remat.policy=full or more devices take less"
+        print(f"jaxlm: out of memory: {line}; {hint}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(
             "\njaxlm: interrupted; the same command goes on from the last checkpoint",

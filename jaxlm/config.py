@@ -85,7 +85,9 @@ class Run:
 class Devices:
     """Which devices, and how the processes of a multi-host run find each other."""
 
-    simulate: int = key(0, "CPU devices per process to simulate; 0: the real ones", minimum=0)
+    simulate: int = key(
+        0, "CPU devices per process to simulate; 0: the real ones", minimum=0, maximum=4096
+    )
     coordinator: str = key("", "host:port of process 0; empty: from Slurm, Cloud TPU or Open MPI")
     num_processes: int = key(0, "processes in the job; 0: from the launcher", minimum=0)
     process_id: int = key(0, "index of this process, with devices.coordinator", minimum=0)
@@ -257,7 +259,9 @@ class Optimizer:
         "cosine", "after warm-up", choices=("constant", "linear", "cosine", "wsd"),
         changes="recompiles numbers",
     )  # fmt: skip
-    warmup_steps: int = key(0, "linear warm-up, steps", minimum=0, changes="recompiles numbers")
+    warmup_steps: int = key(
+        0, "linear warm-up, steps", minimum=0, maximum=2**31 - 1, changes="recompiles numbers"
+    )
     final_fraction: float = key(
         0.1, "learning rate at the last step, as a fraction of the peak", minimum=0.0, maximum=1.0,
         changes="recompiles numbers",
@@ -357,7 +361,7 @@ class Config:
     """One run."""
 
     name: str = key("run", "names the default run directory")
-    steps: int = key(REQUIRED, "optimizer steps", minimum=1, changes="numbers")
+    steps: int = key(REQUIRED, "optimizer steps", minimum=1, maximum=2**31 - 1, changes="numbers")
     seed: int = key(
         0, "initial parameters, sample order, sampling", minimum=0, maximum=2**32 - 1,
         changes="numbers data",

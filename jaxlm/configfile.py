@@ -189,9 +189,9 @@ def _read_override(override: str) -> dict[str, Entry]:
         raise UserError("override: include works in files only")
     try:
         node = _parse(text, f"override: {name}={_short(text)}")
-    except UserError:
+    except UserError as error:
         if text.lstrip().startswith(("[", "{", "'", '"')):
-            raise
+            raise UserError(f"{error}; quote words with other signs, as in ['*norm*']") from error
         node = yaml.ScalarNode(TEXT, text)  # such as optimizer.train=*norm*, a YAML alias
     node = yaml.ScalarNode(TEXT, "") if node is None else node
     whole = yaml.MappingNode("", [(yaml.ScalarNode(TEXT, name), node)])

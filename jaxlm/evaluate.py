@@ -16,7 +16,7 @@ from jax.sharding import reshard
 
 from jaxlm import config as cfg
 from jaxlm import devices, run
-from jaxlm.data import Split, check_vocab, open_split
+from jaxlm.data import Split, check_vocab, load_tokenizer, open_split
 from jaxlm.data.load import evaluation_batches
 from jaxlm.loss import batch_losses, split_batch
 from jaxlm.sharding import Layout, batch_shardings
@@ -69,6 +69,13 @@ def evaluate_run(config: cfg.Config, step: int | None, split_name: str) -> dict:
     """Evaluate a run's checkpoint on a whole split, on the mesh that the config names."""
     split = open_split(config.data.path, split_name)
     check_vocab(split, config.model.vocab_size)
+    run_dir = cfg.run_dir(config)
+    if (run_dir / "tokenizer.json").is_file():
+        if load_tokenizer(run_dir).sha256 != split.tokenizer_sha256:
+            raise cfg.UserError(
+                f"data.path={split.path} was made with another tokenizer than that of "
+                f"run.dir={run_dir}; prepare it with --tokenizer {run_dir}"
+            )
     with run.open_model(config, step) as model:
         options = dict(devices.kind(model.mesh).compiler_options)
         eval_step = make_eval_step(config, model.structure, model.layout, options)

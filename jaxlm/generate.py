@@ -113,8 +113,8 @@ def check_sampling(model: cfg.Model, sampling: Sampling, seed: int) -> None:
 
 def check_lengths(model: cfg.Model, prompts: list[list[int]], tokens: int) -> None:
     """Refuse prompts that the model cannot read, or cannot continue for so many tokens."""
-    if tokens < 1:
-        raise cfg.UserError(f"tokens={tokens} must be at least 1")
+    if not 1 <= tokens < 2**31:
+        raise cfg.UserError(f"tokens={tokens} must be 1 to {2**31 - 1}")
     if not all(prompts):
         raise cfg.UserError(
             f"prompt {prompts.index([])} of {len(prompts)} has no tokens; give it one to continue"

@@ -11,8 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -116,19 +117,22 @@ def _outputs(config: cfg.Config, run_dir: Path, start: int, stack: contextlib.Ex
     return *_screen(stack), sinks, lambda record: _append(samples, record)
 
 
-def _reopen(path: Path, start: int) -> TextIO:
+def _reopen(path: Path, start: int) -> RawIOBase:
     """Open a JSON Lines file for appending, without the records after step `start`."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if _step(line) <= start]
-        if kept != lines:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
-    return path.open("a")
+    try:
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _step(line) <= start]
+            if kept != lines:
+                temporary = path.with_suffix(".tmp")
+                temporary.write_bytes(b"".join(kept))
+                os.replace(temporary, path)
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        raise cfg.UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     """The step of a record; a line that was cut off by a kill counts as later than any."""
     try:
         return json.loads(line)["step"]
@@ -136,10 +140,16 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def _append(file: TextIO, record: dict[str, Any]) -> None:
+def _append(file: RawIOBase, record: dict[str, Any]) -> None:
     finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
-    file.write(json.dumps({k: finite(v) for k, v in record.items()}, allow_nan=False) + "\n")
-    file.flush()
+    line = json.dumps({k: finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
+    try:
+        file.write(line.encode())
+    except OSError as error:
+        raise cfg.UserError(
+            f"{file.name}: cannot be written: {error.strerror}; "  # pyright: ignore
+            "the same command goes on from the last checkpoint"
+        ) from error
 
 
 def _screen(stack: contextlib.ExitStack):

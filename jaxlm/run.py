@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import optax
-import yaml
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -30,6 +30,8 @@ from jaxlm.state import (
     trained,
 )
 
+logger = logging.getLogger("jaxlm")
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -47,7 +49,7 @@ class Model:
 def config_path(path: str | os.PathLike) -> Path:
     """The YAML file itself, or that of a run directory."""
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     if not (path / "config.yaml").is_file():
         raise cfg.UserError(f"{path} is not a run directory: it has no config.yaml")
@@ -60,9 +62,9 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> cfg.C
     Of the latter, `run.dir` is where it lies now, and which processes made it does not matter.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return configfile.load(path, overrides)
-    here = [f"run.dir={yaml.safe_dump(str(path)).splitlines()[0]}"]
+    here = [f"run.dir={configfile.yaml_text(str(path))}"]
     here += ["devices.coordinator=", "devices.num_processes=0", "devices.process_id=0"]
     return configfile.load(config_path(path), [*here, *overrides])
 
@@ -149,7 +151,15 @@ def first_state(
     if found is None:
         raise cfg.UserError(f"checkpoint.start_from={source.parent} has no checkpoint")
     shapes = place(mesh, jax.eval_shape(lambda: state.params | state.fixed))
-    theirs = trained(shapes, checkpoint.read_config(source, found)["optimizer"]["train"])
+    old = checkpoint.read_config(source, found)
+    for key, there, here in configfile.differences(old, config, "numbers"):
+        if key.startswith("model.") and key != "model.init_std":
+            logger.warning("checkpoint.start_from: %s=%s there, %s here", key, there, here)
+    tokenizer = source.parent / "tokenizer.json"
+    if tokenizer.is_file():
+        if load_tokenizer(source.parent).sha256 != facts.keywords["split"].tokenizer_sha256:
+            logger.warning("checkpoint.start_from: its tokenizer is not that of data.path")
+    theirs = trained(shapes, old["optimizer"]["train"])
     split = lambda names: {name: shapes[name] for name in shapes if name in names}
     params, fixed = checkpoint.restore_params(
         source, found, split(theirs), split(shapes.keys() - theirs)

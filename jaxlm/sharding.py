@@ -276,7 +276,7 @@ def make_layout(config: cfg.Config, sizes: dict[str, int], attention: cfg.Attent
     rules = {dim: cfg.RULES.get(dim, ()) for dim in cfg.DIMS} | config.rules
     if config.model.num_kv_heads < math.prod(sizes[a] for a in rules["kv_heads"]):
         rules["kv_heads"] = ()  # replicated; each device uses its group
-        rules["cache_kv_heads"] = config.rules.get("cache_kv_heads", ())
+    rules["cache_kv_heads"] = config.rules.get("cache_kv_heads", rules["kv_heads"])
     storage = {**cfg.STORAGE, **config.storage}
     frozen = lambda table: tuple((dim, tuple(axes)) for dim, axes in table.items())
     return Layout(

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm import checkpoint, configfile, data, devices, evaluate, generate, metrics, optim, run
 from jaxlm import config as cfg
 from jaxlm.data import load
+from jaxlm.data.pack import evaluation_items
 from jaxlm.loss import batch_losses, split_batch
 from jaxlm.sharding import Layout, batch_shardings
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
@@ -53,18 +54,19 @@ def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, op
 
     def train_step(state: State, batch: Arrays) -> tuple[State, Arrays]:
         loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, batch, layout)
-        grads = jax.tree.map(lambda g: g / weight_sum, grads)
+        count = jnp.where(weight_sum > 0, weight_sum, 1)  # a batch in which nothing counts
+        grads = jax.tree.map(lambda g: g / count, grads)
         grad_norm = optim.global_norm(grads)
         if config.optimizer.clip_norm:
             grads = optim.clip_by_norm(grads, grad_norm, config.optimizer.clip_norm)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
         metrics = {
-            "loss": loss_sum / weight_sum,
+            "loss": loss_sum / count,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
             "weight": weight_sum,
-            **{name: value / weight_sum for name, value in aux.items()},
+            **{name: value / count for name, value in aux.items()},
         }
         return State(state.step + 1, params, state.fixed, opt), metrics
 
@@ -153,20 +155,21 @@ def train(config: cfg.Config) -> None:
     data.check_vocab(training, config.model.vocab_size)
     run_dir = cfg.run_dir(config)
     facts = functools.partial(load.data_state, split=training, batch=config.batch, seed=config.seed)
-    for changed in checkpoint.refuse_other_run(run_dir, config, facts(0)):
-        logger.info("changed since the last start: %s", changed)
+    for key, before, now in checkpoint.refuse_other_run(run_dir, config, facts(0)):
+        logger.info("changed since the last start: %s=%s, was %s", key, now, before)
     with jax.set_mesh(mesh):
         shardings = batch_shardings(config, layout, mesh)
         held_out = make_evaluation(config, structure, layout, shardings, options)
         write_samples = make_sampling(config, structure, layout, mesh)
         state, start = run.first_state(config, layout, optimizer, mesh, facts)
-        run.write_config(config)
-        run.keep_tokenizer(run_dir, config.data.path)
-        manager = checkpoint.open_manager(run_dir / "checkpoints", config.checkpoint)
         batches = load.batches(
             training, config.batch, config.seed, shardings, start,
             segments=config.data.segments, prefetch=config.data.prefetch,
         )  # fmt: skip
+        if start < config.steps:
+            run.write_config(config)
+            run.keep_tokenizer(run_dir, config.data.path)
+        manager = checkpoint.open_manager(run_dir / "checkpoints", config.checkpoint)
         due = lambda step, every: step == config.steps or (every and step % every == 0)
 
         with metrics.open_log(config, structure, mesh, run_dir, start) as log:
@@ -200,9 +203,11 @@ def train(config: cfg.Config) -> None:
 
 def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, shardings, options):
     """state -> held-out numbers, or None where the dataset holds nothing out."""
-    if "validation" not in data.read_manifest(config.data.path)["splits"]:
+    if not data.read_manifest(config.data.path)["splits"]["validation"]["tokens"]:
+        logger.info("no evaluation: the validation split of %s is empty", config.data.path)
         return None
     split = data.open_split(config.data.path, "validation")
+    evaluation_items(split, config.batch.sequence_length)  # a mistake must not stop a run half-way
     eval_step = evaluate.make_eval_step(config, structure, layout, options)
 
     def held_out(state: State) -> dict:

@@ -50,6 +50,8 @@ def validate(config: Config, num_devices: int | None = None) -> None:
             raise UserError(f"mesh.{axis}={sizes[axis]}: {why}")
     rules, storage = RULES | config.rules, STORAGE | config.storage
     _check_arrays(rules, sizes)
+    if split := _axes(rules, "seq", sizes):
+        raise UserError(f"rules.seq: {_product(split)}: {UNBUILT['context']}; use rules.seq=[]")
     _check_heads(config, rules, storage, sizes)
     _check_batch(config, rules, sizes)
     _check_weights(config, rules, storage, sizes)
@@ -158,6 +160,9 @@ def _check_run(config: Config) -> None:
     name = config.name
     if not name.strip() or name in (".", "..") or set(name) & set("/\\\0"):
         raise UserError(f"name={name!r} must be a file name without separators, as in name=run")
+    for key, path in (("run.dir", config.run.dir), ("data.path", config.data.path)):
+        if "\0" in path:
+            raise UserError(f"{key}={path!r} must be a path, without a NUL character")
     if not config.data.path.strip():
         raise UserError("data.path is empty; give the directory that `jaxlm data prepare` wrote")
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
@@ -314,8 +319,8 @@ def _check_heads(config: Config, rules: Table, storage: Table, sizes: dict[str, 
     extra = _axes(storage, "kv_heads", sizes)
     if extra:
         _divide("model.num_kv_heads", kv, (ways if count <= kv else {}) | extra)
-    if count <= kv or "cache_kv_heads" in config.rules:  # replicated heads are so in the cache too
-        _divide("model.num_kv_heads", kv, _axes(rules, "cache_kv_heads", sizes))
+    # Where the config does not say, the cache follows kv_heads.
+    _divide("model.num_kv_heads", kv, _axes(config.rules, "cache_kv_heads", sizes))
 
 
 def _check_weights(config: Config, rules: Table, storage: Table, sizes: dict[str, int]) -> None:

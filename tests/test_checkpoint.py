@@ -351,6 +351,10 @@ def test_refuse_other_run(tmp_path):
     text = error_of(refuse, config, {"tokenizer_sha256": "b" * 64})
     assert "tokenizer=aaaaaaaaaaaa there, bbbbbbbbbbbb here" in text
     assert refuse(make_config({}, init_std=0.5)) == [("model.init_std", 0.02, 0.5)]
+    imported = tmp_path / "imported"
+    write(imported / "checkpoints", fill(small(), 0), data={}, config=config)
+    text = error_of(checkpoint.refuse_other_run, imported, config, FACTS)
+    assert f"checkpoint.start_from={imported}" in text
 
 
 def test_orbax_is_silent(tmp_path, capfd, caplog):

@@ -385,8 +385,8 @@ def test_valid(base, file, overrides, devices):
         (["rules.parts=[tensor]"], ["rules.parts", "use rules.parts=[]"]),
         (["storage.parts=[fsdp]"], ["storage.parts", "use storage.parts=[]"]),
         (
-            ["mesh.fsdp=4", "mesh.data=1", "rules.cache_kv_heads=[fsdp]", "rules.cache_batch=[]"],
-            ["model.num_kv_heads", "mesh.fsdp=4"],
+            ["mesh.fsdp=8", "rules.cache_kv_heads=[fsdp]", "rules.cache_batch=[]"],
+            ["model.num_kv_heads", "mesh.fsdp=8"],
         ),
         (["rules.seq=[tensor]", "mesh.tensor=2"], ["rules.seq and rules.heads both use axis"]),
         (["mesh.data=32"], ["batch.sequences=16", "mesh.data=32", "batch.sequences=32", "=16"]),

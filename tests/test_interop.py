@@ -290,6 +290,14 @@ def test_what_transformers_lacks_is_not_exported(family, key, ours, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_the_size_of_files_is_checked(size, data, tmp_path, capsys):
+    config = f"{tiny.CONFIGS / 'llama.yaml'}"
+    arguments = ["export", config, str(tmp_path / "out"), f"data.path={data}", "mesh.data=-1"]
+    assert main([*arguments, f"--shard-gb={size}"]) == 2
+    assert "--shard-gb=" in capsys.readouterr().err
+
+
 def test_an_existing_output_is_refused_and_kept(source, ours):
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     refused(lambda: interop.save_params(source, ours[1], ours[0].model), str(source))

@@ -43,6 +43,22 @@ def test_records_after_the_start_are_dropped_and_nan_is_null(tmp_path, capsys):
     assert "step 3/9 loss nan" in capsys.readouterr().out
 
 
+def test_files_that_cannot_be_written_are_one_line(tmp_path):
+    config = tiny.config("llama")
+    mesh, structure = open_run(config)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be written: Is a directory"):
+        with metrics.open_log(config, structure, mesh, tmp_path, start=0):
+            pass
+    with open("/dev/full", "ab", buffering=0) as full:
+        with pytest.raises(UserError, match="No space left on device; the same command goes on"):
+            metrics._append(full, {"step": 1})
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n')
+    with metrics.open_log(config, structure, mesh, tmp_path, start=1):
+        assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n'
+
+
 def test_only_every_kth_step_is_logged_and_pauses_do_not_count(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])

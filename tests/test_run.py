@@ -13,6 +13,8 @@ import yaml
 
 from jaxlm.cli import main
 from jaxlm.data import open_split
+from jaxlm.data.prepare import prepare
+from jaxlm.run import load_config
 
 KEYS = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "step_seconds"}
 STEPS = 60
@@ -150,6 +152,74 @@ def test_a_run_starts_from_imported_weights(alone, data, tmp_path, capsys):
     assert tuned < 0.8 * scratch
 
 
+def test_another_model_to_start_from_is_named(alone, data, tmp_path, caplog):
+    arguments = ["train", str(tiny.CONFIGS / "llama.yaml"), f"data.path={data}", "steps=1"]
+    arguments += [f"run.dir={tmp_path / 'tuned'}", f"checkpoint.start_from={alone[0]}"]
+    assert main([*arguments, "mesh.data=8", "model.rope_theta=500000"]) == 0
+    assert "checkpoint.start_from: model.rope_theta=10000.0 there, 500000.0 here" in caplog.text
+
+
+def test_data_that_holds_nothing_out_is_trained_on(tmp_path, caplog):
+    (tmp_path / "text.txt").write_text("mesh axis shard " * 100)
+    prepare(tmp_path / "data", [tmp_path / "text.txt"], "bytes", validation_fraction=0.0)
+    where = [f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "mesh.data=8"]
+    assert main(["train", str(tiny.CONFIGS / "llama.yaml"), *where, "steps=2"]) == 0
+    assert sorted(tiny.losses(tmp_path / "run")) == [1, 2]
+    assert "no evaluation: the validation split" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_that_predicts_nothing_is_refused_before_the_run(split, tmp_path, capfd):
+    """Characters have no separator, so that a document's first one is not predicted."""
+    for i in range(99):
+        (tmp_path / f"{i:02}.txt").write_text("x" if split == "train" else "long enough")
+    (tmp_path / "held_out").write_text("long enough" if split == "train" else "x")
+    texts = sorted(tmp_path.glob("*.txt"))
+    held_out = [tmp_path / "held_out"]
+    prepare(tmp_path / "data", texts, "characters", validation_inputs=held_out)
+    where = [f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "mesh.data=8"]
+    capfd.readouterr()
+    assert main(["train", str(tiny.CONFIGS / "llama.yaml"), *where]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and f"split {split} has nothing to predict" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(alone, data, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(alone[0], run_dir)
+    before = (run_dir / "config.yaml").read_bytes()
+    arguments = ["train", str(run_dir), "steps=5", "devices.simulate=0", "mesh.fsdp=8"]
+    assert main(arguments) == 0
+    assert (run_dir / "config.yaml").read_bytes() == before
+
+
+def test_eval_refuses_data_of_another_tokenizer(alone, tmp_path, capfd):
+    (tmp_path / "text.txt").write_text("mesh axis shard " * 100)
+    options = dict(validation_fraction=0.5, split_within=True)
+    prepare(tmp_path / "data", [tmp_path / "text.txt"], "characters", **options)
+    where = ["devices.simulate=0", "mesh.fsdp=8", f"data.path={tmp_path / 'data'}"]
+    assert main(["eval", str(alone[0]), *where]) == 2
+    assert "was made with another tokenizer" in capfd.readouterr().err
+
+
+def test_a_run_directory_may_have_a_long_name_with_spaces(tmp_path):
+    run_dir = tmp_path / ("word " * 30 + "end")
+    run_dir.mkdir()
+    shutil.copy(tiny.CONFIGS / "llama.yaml", run_dir / "config.yaml")
+    assert load_config(run_dir).run.dir == str(run_dir)
+
+
+def test_out_of_memory_is_one_line(data, tmp_path, capfd, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nmore")
+
+    monkeypatch.setattr("jaxlm.train.train", fail)
+    assert main(["train", str(tiny.CONFIGS / "llama.yaml"), f"data.path={data}"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("jaxlm: out of memory: RESOURCE_EXHAUSTED") and err.count("\n") == 1
+
+
 BAD = {
     "unknown key": (["modle.embed_dim=3"], "model.embed_dim"),
     "wrong type": (["steps=many"], "steps"),
@@ -158,6 +228,8 @@ BAD = {
     "unused devices": (["mesh.data=2"], "8"),
     "batch": (["mesh.data=8", "batch.sequences=12"], "batch.sequences=12"),
     "missing data": (["data.path=nowhere"], "data.path=nowhere"),
+    "sequence": (["rules.seq=[data]", "rules.batch=[]", "mesh.data=8"], "rules.seq"),
+    "NUL": (["run.dir='\"a\\0b\"'".replace("'", "")], "run.dir"),
     "vocabulary": (["model.vocab_size=100"], "model.vocab_size=100"),
     "unwritable": (["run.dir=/proc/run"], "run.dir=/proc/run"),
 }

@@ -183,6 +183,16 @@ def zipf_gradients(data):
     return gradients
 
 
+def test_a_batch_in_which_nothing_counts_leaves_no_nan(data):
+    config = tiny.config("llama", f"data.path={data}", *MESH)
+    mesh, layout, structure, optimizer, state, batch = open_run(config, 8)
+    batch["weights"] = jnp.zeros_like(batch["weights"])
+    with jax.set_mesh(mesh):
+        state, metrics = make_train_step(config, structure, layout, optimizer, {})(state, batch)
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["weight"] == 0
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves(jax.device_get(state)))
+
+
 def test_the_state_is_donated(data):
     mesh, layout, structure, optimizer, state, batch = open_run(
         config := tiny.config("llama", f"data.path={data}", *MESH), 8

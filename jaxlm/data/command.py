@@ -135,8 +135,10 @@ def _run_info(args: argparse.Namespace) -> int:
 
 def _run_show(args: argparse.Namespace) -> int:
     """Run `jaxlm data show`."""
-    if args.sequence_length < 1:
-        raise UserError(f"--sequence-length={args.sequence_length} is below 1")
+    for flag, least in (("sequence_length", 1), ("seed", 0)):
+        if getattr(args, flag) < least:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name}={getattr(args, flag)} is below {least}")
     opened = split.open_split(args.path, args.split)
     if args.split == "train":
         packed = pack.pack(opened, args.sequence_length, args.seed)

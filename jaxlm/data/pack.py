@@ -43,6 +43,7 @@ def pack(split: Split, sequence_length: int, seed: int, segments: bool = True) -
             f"data.path={split.path}: split {split.name} has {split.tokens} tokens, fewer than"
             f" batch.sequence_length + 1 = {sequence_length + 1}"
         )
+    _check_targets(split)
     # Raw bits, since NumPy promises their stream for all versions but not that of permutation().
     order_D = np.argsort(np.random.PCG64(seed).random_raw(split.documents), kind="stable")
     return _packed(split, sequence_length, segments, num_items, order_D)
@@ -50,13 +51,24 @@ def pack(split: Split, sequence_length: int, seed: int, segments: bool = True) -
 
 def evaluation_items(split: Split, sequence_length: int, segments: bool = True) -> Packed:
     """Documents in their order, every token but the first predicted once, the last item padded."""
-    if split.tokens < 2:
-        raise UserError(
-            f"data.path={split.path}: split {split.name} has 1 token, nothing to predict"
-        )
+    _check_targets(split)
     num_items = -(-(split.tokens - 1) // sequence_length)
     order_D = np.arange(split.documents)
     return _packed(split, sequence_length, segments, num_items, order_D)
+
+
+def _joined(split: Split) -> bool:
+    """Whether one separator is the end of a document and the start of the next."""
+    return split.bos is not None and split.bos == split.eos
+
+
+def _check_targets(split: Split) -> None:
+    """Refuse a split whose documents are too short for any token to be predicted."""
+    if split.tokens <= (1 if _joined(split) else split.documents):
+        raise UserError(
+            f"data.path={split.path}: split {split.name} has nothing to predict: {split.tokens}"
+            f" tokens in {split.documents} documents; prepare it with longer documents"
+        )
 
 
 def _packed(
@@ -90,9 +102,7 @@ def item(packed: Packed, index: int) -> Item:
     made["tokens"][:count] = text[:-1]
     made["targets"][:count] = text[1:]
     made["weights"][:count] = 1.0
-    # One separator in both roles is the end of the document before; any other first token of a
-    # document cannot be told from what precedes it.
-    if packed.split.bos is None or packed.split.bos != packed.split.eos:
+    if not _joined(packed.split):  # a first token cannot be told from what precedes it
         made["weights"][starts - 1] = 0.0
     if not packed.segments:
         starts = starts[:0]

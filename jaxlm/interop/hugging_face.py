@@ -28,6 +28,7 @@ import numpy as np
 import yaml
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxlm import checkpoint, configfile, devices, run
@@ -361,8 +362,9 @@ def new_directory(out: PathLike) -> Iterator[Path]:
     except BaseException as error:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise cfg.UserError(f"{out}: cannot write there: {error.strerror}") from error
+        if isinstance(error, OSError | SafetensorError):  # the latter hides the former
+            reason = getattr(error, "strerror", None) or error
+            raise cfg.UserError(f"{out}: cannot write there: {reason}") from error
         raise
 
 
@@ -440,6 +442,8 @@ def export_run(
     shard_gb: float = 5.0,
 ) -> None:  # fmt: skip
     """`jaxlm export`: a checkpoint (None: the newest) as a Hugging Face directory."""
+    if not 0 < shard_gb < math.inf:
+        raise cfg.UserError(f"--shard-gb={shard_gb:g} must be above 0, as in 5")
     places = (cfg.run_dir(config), Path(config.data.path))
     known = [place for place in places if (place / "tokenizer.json").is_file()]
     with run.open_model(config, step) as model:
