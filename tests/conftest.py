@@ -5,7 +5,11 @@ import tempfile
 
 import pytest
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Unoptimized machine code: the same HLO, compiled in half the time. Runs in processes of their own
+# (tests/tiny.py) have the code that users run.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 _cache = tempfile.TemporaryDirectory(prefix="jaxlm-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name

@@ -192,14 +192,15 @@ def weights(family, model, m):
 
 def llama_block(theirs, i, heads, m):
     w = lambda name: theirs[f"model.layers.{i}.{name}.weight"].T
-    kv = [heads(w(f"self_attn.{x}_proj"), m.num_kv_heads) for x in "kv"]
     return {
         "attention_norm.scale": w("input_layernorm"),
         "q": heads(w("self_attn.q_proj"), m.num_heads),
-        "kv": np.stack(kv),
+        "k": heads(w("self_attn.k_proj"), m.num_kv_heads),
+        "v": heads(w("self_attn.v_proj"), m.num_kv_heads),
         "o": w("self_attn.o_proj").reshape(m.num_heads, m.head_dim, m.embed_dim),
         "mlp_norm.scale": w("post_attention_layernorm"),
-        "gate_up": np.stack([w("mlp.gate_proj"), w("mlp.up_proj")]),
+        "gate": w("mlp.gate_proj"),
+        "up": w("mlp.up_proj"),
         "down": w("mlp.down_proj"),
     }
 

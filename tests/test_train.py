@@ -245,22 +245,31 @@ def test_options_that_change_no_numbers(data, option):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-def products(*overrides: str) -> int:
+def products(*overrides: str, family: str = "llama") -> int:
     """Matrix products in the train step, before the compiler sees it."""
-    config = tiny.config("llama", *overrides)
+    config = tiny.config(family, *overrides)
     traced = trace_train_step(config, make_program(config, jax.devices()[:1]))
     return traced.lower().as_text().count("stablehlo.dot_general")
 
 
 def test_remat_recomputes_what_it_does_not_keep():
     none, dots, full = (products(f"remat.policy={name}") for name in ("none", "dots", "full"))
-    # All of a layer but `down`, on whose result no gradient depends: q, kv, o, gate_up, two of
+    # All of a layer but `down`, on whose result no gradient depends: q, k, v, o, gate, up, two of
     # attention, and the scales of two norms. dots: those of the last four, which map over a batch.
-    assert (full, dots) == (none + 8, none + 4)
+    assert (full, dots) == (none + 10, none + 4)
     keep = lambda names: products("remat.policy=names", f"remat.names=[{names}]")
-    assert keep("mlp") == keep("attention") == full - 1
-    assert keep("query,key,value") == full - 2
-    assert keep("query,key,value,attention,mlp") == full - 4
+    assert keep("attention") == full - 1
+    assert keep("mlp") == full - 2
+    assert keep("query,key,value") == full - 3
+    assert keep("query,key,value,attention,mlp") == full - 6
+
+
+def test_dots_keeps_no_biases():
+    """GPT-2's five biases are products with ones, recomputed under either policy."""
+    biases = "model.biases={}".format
+    saved = lambda policy, bias: products(f"remat.policy={policy}", biases(bias), family="gpt2")
+    extra = lambda policy: saved(policy, "true") - saved(policy, "false")
+    assert extra("dots") == extra("full") > extra("none")
 
 
 def test_offloaded_activations_wait_on_the_host():
@@ -268,9 +277,9 @@ def test_offloaded_activations_wait_on_the_host():
     for offload in ([], ["remat.offload=[mlp]"]):
         config = tiny.config("llama", *kept, *offload)
         traced = trace_train_step(config, make_program(config, jax.devices()[:1]))
-        # Two layers of gate and up, [batch, sequence, mlp] each; the query stays.
+        # Gate and up of two layers, [batch, sequence, mlp] each; the query stays.
         on_host = set(re.findall(r"f32<host>\[[\d,]+\]", str(traced.jaxpr)))
-        assert ("f32<host>[2,2,8,32,64]" in on_host) == bool(offload)
+        assert ("f32<host>[2,8,32,64]" in on_host) == bool(offload)
         assert not any(shape.endswith("4,8]") for shape in on_host)
 
 
