@@ -234,14 +234,18 @@ def _take_backward(out, kind, index, grad):
 _take.defvjp(_take_forward, _take_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def wide_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Einsum with a float32 result, whose gradients are products in the type of `x` and `y`."""
+    return _wide_einsum(equation, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_einsum(equation, x, y):
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
 def _wide_forward(equation, x, y):
-    return wide_einsum(equation, x, y), (x, y)
+    return _wide_einsum(equation, x, y), (x, y)
 
 
 def _wide_backward(equation, operands, grad):
@@ -249,7 +253,7 @@ def _wide_backward(equation, operands, grad):
     return pull(grad.astype(operands[0].dtype))
 
 
-wide_einsum.defvjp(_wide_forward, _wide_backward)
+_wide_einsum.defvjp(_wide_forward, _wide_backward)
 
 
 def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
