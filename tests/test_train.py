@@ -145,6 +145,48 @@ def test_sums_in_bfloat16_compute_are_in_float32(family, case, zipf_gradients):
         assert error < 0.012, (name, error)
 
 
+PARTS = {
+    "microbatches": (["batch.microbatches=8", "gather_at=step", "loss.chunks=1"], 1e-6),
+    "chunks": (["loss.chunks=8"], 2e-3),  # the head is bfloat16: sum and parts are rounded once
+}
+
+
+@pytest.mark.parametrize("by", PARTS)
+def test_parts_of_a_batch_are_added_in_float32(data, by):
+    """Gradients are linear in the weights of tokens: those of eight parts add up to the whole's."""
+    options = ["precision.compute=bfloat16", "loss.z_loss=0", "model.tie_embeddings=false"]
+    overrides, limit = PARTS[by]
+    config = tiny.config(
+        "llama", f"data.path={data}", "batch.sequences=16", *options, *overrides
+    )  # fmt: skip
+    mesh, layout, structure, _, state, batch = open_run(config, 1)
+    row, column = np.indices(batch["weights"].shape)
+    part = row % 8 if by == "microbatches" else column // (config.batch.sequence_length // 8)
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda s, b: loss_and_grads(config, structure, s, b, layout))
+        gradients = lambda w: jax.device_get(
+            step(state, batch | {"weights": batch["weights"] * w})
+        )[2]
+        whole = gradients(np.float32(1))
+        parts = [gradients(np.float32(part == i)) for i in range(8)]
+    for name in whole if by == "microbatches" else ["head"]:
+        total = sum(np.float64(each[name]) for each in parts)
+        error = np.linalg.norm(whole[name] - total) / np.linalg.norm(total)
+        assert error < limit, (name, error)
+
+
+def test_logits_are_not_rounded_to_the_compute_type():
+    rng, config = np.random.default_rng(0), tiny.config("llama").model
+    hidden = jnp.asarray(rng.normal(size=(4, 32)), jnp.bfloat16)
+    head = jnp.asarray(rng.normal(size=(384, 32)), jnp.bfloat16)
+    scores = jax.jit(lambda h, w: logits(h, w, config))(hidden, head)
+    expected = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+    np.testing.assert_allclose(scores[:, :300], expected[:, :300], rtol=1e-5, atol=1e-5)
+    gradient = jax.grad(lambda h: jnp.sum(logits(h, head, config)[:, :300]))(hidden)
+    exact = np.asarray(head, np.float64)[:300].sum(0)
+    np.testing.assert_allclose(np.float64(gradient), np.tile(exact, (4, 1)), rtol=2**-8)
+
+
 @pytest.fixture(scope="module")
 def zipf_gradients(data):
     """(family, compute type, overrides) -> gradients of tokens that follow Zipf's law, float64."""
