@@ -23,7 +23,7 @@ DIMS = (
 # Default axes of each dimension, in use (RULES) and further ones at rest (STORAGE, less those that
 # the same weight already uses); a dimension that is not listed is not split.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("replica", "data", "fsdp", "expert"),
     "seq": ("context",),
     "residual_seq": ("context", "tensor"),
     "heads": ("tensor",),
@@ -32,7 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor", "stage"),
     "experts": ("expert",),
     "layers": ("stage",),
-    "cache_batch": ("data", "fsdp", "expert"),
+    "cache_batch": ("replica", "data", "fsdp", "expert"),
     "cache_kv_heads": ("tensor",),
 }
 STORAGE: dict[str, tuple[str, ...]] = {"embed": ("fsdp", "context", "expert")}

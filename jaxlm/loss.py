@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import config as cfg
 from jaxlm.models.decoder import Decoder, logits
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, wide
 
 
 def split_batch(batch: dict, count: int) -> dict:
@@ -45,8 +45,8 @@ def token_losses(hidden_BSD, head_VD, targets_BS, model: cfg.Model, layout: Layo
     The head runs chunk by chunk under remat: at any time the logits of one chunk exist.
     """
 
-    # float32 here is the type in which the gradients of all chunks are summed.
-    dtype, head_VD = head_VD.dtype, head_VD.astype(jnp.float32)
+    # `wide` here is the type in which the gradients of all chunks are summed.
+    dtype, head_VD = head_VD.dtype, head_VD.astype(wide(head_VD.dtype))
 
     @functools.partial(jax.checkpoint, prevent_cse=chunks == 1)
     def one(hidden_BsD, targets_Bs):

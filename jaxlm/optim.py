@@ -20,6 +20,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import Optimizer
+from jaxlm.sharding import wide
 
 Arrays = dict[str, jax.Array]
 Axes = tuple[str, ...]  # of the mesh
@@ -87,7 +88,7 @@ def global_norm(grads: Arrays) -> jax.Array:
     copies = {name: _devices(cut) // _devices(a) for name, a in axes.items()}
 
     def square(local: Arrays) -> jax.Array:
-        parts = [jnp.sum(jnp.square(g.astype(jnp.float32))) / copies[n] for n, g in local.items()]
+        parts = [jnp.sum(jnp.square(g.astype(wide(g.dtype)))) / copies[n] for n, g in local.items()]
         return jax.lax.psum(jnp.sum(jnp.stack(parts)), cut)
 
     if not cut:

@@ -203,7 +203,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _take(table, index, out, kind):
-    """Rows of a table; the gradient of a row is summed in float32, however often it is taken."""
+    """Rows of a table; the gradient of a row is summed in `wide`, however often it is taken."""
     return table.at[index].get(out_sharding=out, mode="clip")
 
 
@@ -218,8 +218,8 @@ def _take_backward(out, kind, index, grad):
     def scatter(index, grad):  # local shards below
         index = index - (jax.lax.axis_index(vocab) * rows if vocab else 0)
         index = jnp.where((index >= 0) & (index < rows), index, rows)
-        zeros = jnp.zeros((rows, grad.shape[-1]), jnp.float32)
-        return zeros.at[index].add(grad.astype(jnp.float32), mode="drop").astype(kind.dtype)
+        zeros = jnp.zeros((rows, grad.shape[-1]), wide(kind.dtype))
+        return zeros.at[index].add(grad.astype(zeros.dtype), mode="drop").astype(kind.dtype)
 
     # Mapped, because the partitioner gets an unreduced scatter wrong where a mesh axis of neither
     # the batch nor the vocabulary comes before theirs.
@@ -234,14 +234,19 @@ def _take_backward(out, kind, index, grad):
 _take.defvjp(_take_forward, _take_backward)
 
 
+def wide(dtype) -> jnp.dtype:
+    """The type of sums, norms and softmax: float32, or float64 in a program of float64 (verify)."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def wide_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Einsum with a float32 result, whose gradients are products in the type of `x` and `y`."""
+    """Einsum with a `wide` result, whose gradients are products in the type of `x` and `y`."""
     return _wide_einsum(equation, x, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _wide_einsum(equation, x, y):
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, x, y, preferred_element_type=wide(x.dtype))
 
 
 def _wide_forward(equation, x, y):

@@ -20,7 +20,7 @@ from jaxlm import config as cfg
 from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
 from jaxlm.loss import batch_losses, split_batch
-from jaxlm.sharding import Layout, batch_shardings
+from jaxlm.sharding import Layout, batch_shardings, wide
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
 
 logger = logging.getLogger("jaxlm")
@@ -134,7 +134,7 @@ def reduce_gradients(grads: Arrays, structure: Structure, layout: Layout) -> Arr
     """The one reduction of a step, in precision.reduce, to the sharding at rest."""
     return {
         name: reshard(grad.astype(layout.reduce), layout.stored(structure.dims[name])).astype(
-            jnp.float32
+            wide(layout.reduce)
         )
         for name, grad in grads.items()
     }
@@ -143,7 +143,7 @@ def reduce_gradients(grads: Arrays, structure: Structure, layout: Layout) -> Arr
 def _unreduced_zeros(weight: jax.Array) -> jax.Array:
     spec = jax.typeof(weight).sharding.spec
     return jnp.zeros(
-        weight.shape, jnp.float32, out_sharding=P(*spec.partitions, unreduced=spec.reduced)
+        weight.shape, wide(weight.dtype), out_sharding=P(*spec.partitions, unreduced=spec.reduced)
     )
 
 

@@ -10,7 +10,6 @@ from jaxlm.configfile import did_you_mean
 
 # Axes whose code is not written yet: larger than 1 is refused.
 UNBUILT = {
-    "replica": "local SGD is not built yet; use data, fsdp or tensor",
     "stage": "pipeline parallelism is not built yet; use data, fsdp or tensor",
     "context": "splitting the sequence is not built yet; use data, fsdp or tensor",
 }

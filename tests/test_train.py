@@ -261,7 +261,7 @@ def test_evaluation_holds_no_more_than_a_microbatch(data):
 def test_fixed_weights_do_not_change_and_have_no_moments(data):
     overrides = [f"data.path={data}", "optimizer.train=[groups.*.q, final_norm.*]", *MESH]
     losses, initial, _, state = tiny.run(tiny.config("llama", *overrides), 8, steps=5)
-    assert set(initial) == {"groups.0.0.q", "final_norm.scale"}
+    assert set(initial) == {"groups.0.0.attention.q", "final_norm.scale"}
     assert "embed" in state.fixed and "embed" not in state.opt[0].mu
     everything = tiny.run(tiny.config("llama", f"data.path={data}"), 1, steps=1)[1]
     np.testing.assert_array_equal(state.fixed["embed"], everything["embed"])

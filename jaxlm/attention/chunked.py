@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.attention.xla import masked_attention
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, wide
 
 SPANS = 4  # runs of chunks, each with the keys up to its end: 5/8 of the work of all keys
 
@@ -25,8 +25,8 @@ def attend(q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float) 
     size = -(-length // count)
     q_NBsHC = _split(q_BSHC, count, size)
     ids_NBs = None if segments_BS is None else _split(segments_BS, count, size)
-    # float32 here is the type in which the gradients of all chunks are summed.
-    k_BTKC, v_BTKC = k_BTKC.astype(jnp.float32), v_BTKC.astype(jnp.float32)
+    # `wide` here is the type in which the gradients of all chunks are summed.
+    k_BTKC, v_BTKC = k_BTKC.astype(wide(dtype)), v_BTKC.astype(wide(dtype))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(q_BsHC, ids_Bs, start, k_BtKC, v_BtKC):

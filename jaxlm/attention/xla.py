@@ -31,7 +31,9 @@ def masked_attention(q_BSHC, k_BTKC, v_BTKC, mask_BST, layout: Layout, softcap: 
     scores_BKGST *= q_BSHC.shape[-1] ** -0.5
     if softcap:
         scores_BKGST = softcap * jnp.tanh(scores_BKGST / softcap)
-    scores_BKGST = jnp.where(mask_BST[:, None, None], scores_BKGST, jnp.finfo(jnp.float32).min)
+    scores_BKGST = jnp.where(
+        mask_BST[:, None, None], scores_BKGST, jnp.finfo(scores_BKGST.dtype).min
+    )
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(v_BTKC.dtype)
     out_BSKGC = jnp.einsum("bkgst,btkc->bskgc", weights_BKGST, v_BTKC)
     return jnp.reshape(out_BSKGC, q_BSHC.shape, out_sharding=jax.typeof(q_BSHC).sharding.spec)

@@ -1,6 +1,6 @@
-"""Norms, initialisers and rotary positions: the pieces that families share.
+"""Norms, initialisers, rotary positions, self-attention: the pieces that families share.
 
-Shapes: B batch, S sequence, D embed, H query heads, C head_dim.
+Shapes: B batch, S sequence, D embed, H query heads, K kv heads, C head_dim.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.sharding import Layout
+from jaxlm import attention
+from jaxlm.sharding import Layout, wide
 
 
 def normal(key: jax.Array, std: float):
@@ -54,7 +56,7 @@ class RMSNorm(nnx.Module):
         self.scale = layout.param(constant(1.0), (size or config.embed_dim,), "norm", over)
 
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
-        x32 = x.astype(jnp.float32)
+        x32 = x.astype(wide(x.dtype))
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.epsilon)
         return _scale(x32, layout.gather(self.scale)).astype(x.dtype)
 
@@ -69,7 +71,7 @@ class LayerNorm(nnx.Module):
         self.bias = layout.param(constant(0.0), shape, "norm", over) if config.biases else None
 
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
-        x32 = x.astype(jnp.float32)
+        x32 = x.astype(wide(x.dtype))
         x32 = x32 - jnp.mean(x32, -1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.epsilon)
         x32 = _scale(x32, layout.gather(self.scale))
@@ -85,17 +87,50 @@ def _scale(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def rotary_table(positions_BS: jax.Array, frequencies_C: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, S, C/2] of the rotary angles, float32."""
-    angles_BSC = positions_BS[..., None].astype(jnp.float32) * frequencies_C
+    """Cosines and sines [B, S, C/2] of the rotary angles, in jax's float (float32)."""
+    angles_BSC = positions_BS[..., None].astype(float) * frequencies_C
     return jnp.cos(angles_BSC), jnp.sin(angles_BSC)
 
 
 def rotate(x_BSHC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary position embedding, halves convention (arXiv:2104.09864 as in Hugging Face)."""
     cos, sin = (t[:, :, None, :] for t in table)
-    first, second = jnp.split(x_BSHC.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_BSHC.astype(wide(x_BSHC.dtype)), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BSHC.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions, and its projections."""
+
+    def __init__(self, config, layout: Layout, keys: jax.Array):
+        c = config
+        std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
+        D, H, K, C = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        self.softcap = c.attention_softcap
+        self.q = layout.param(normal(keys[0], std), (D, H, C), "embed heads head_dim")
+        self.k = layout.param(normal(keys[1], std), (D, K, C), "embed kv_heads head_dim")
+        self.v = layout.param(normal(keys[2], std), (D, K, C), "embed kv_heads head_dim")
+        self.o = layout.param(normal(keys[3], std_out), (H, C, D), "heads head_dim embed")
+        head_norm = lambda over: RMSNorm(c, layout, C, over) if c.qk_norm else None
+        self.q_norm, self.k_norm = head_norm("batch seq heads"), head_norm("batch seq kv_heads")
+
+    def __call__(self, x_BSD, table, segments_BS, layout: Layout, cache=None):
+        """What attention adds to the residual stream, of its normalised copy; and the cache."""
+        s, w = layout, layout.gather
+        x_BSD = s.move(x_BSD, "batch seq _", over="kv_heads")
+        q_BSHC = s.dot("bsd,dhc->bshc", x_BSD, w(self.q))
+        k_BSKC = s.dot("bsd,dkc->bskc", x_BSD, w(self.k))
+        v_BSKC = s.dot("bsd,dkc->bskc", x_BSD, w(self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHC, k_BSKC = self.q_norm(q_BSHC, s), self.k_norm(k_BSKC, s)
+        q_BSHC = checkpoint_name(rotate(q_BSHC, table), "query")
+        k_BSKC = checkpoint_name(rotate(k_BSKC, table), "key")
+        v_BSKC = checkpoint_name(v_BSKC, "value")
+        a_BSHC, cache = attention.attend(
+            q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, self.softcap, cache
+        )
+        return s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _"), cache
 
 
 @functools.lru_cache

@@ -11,14 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm import attention
 from jaxlm import config as cfg
 from jaxlm.models.layers import (
     RMSNorm,
+    SelfAttention,
     normal,
     rotary_frequencies,
     rotary_table,
-    rotate,
     stretch_llama3,
 )
 from jaxlm.sharding import Layout
@@ -80,16 +79,8 @@ class Block(nnx.Module):
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
         c, keys = config, jax.random.split(key, 7)
         std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
-        qkv = (c.embed_dim, c.num_heads, c.head_dim)
-        self.softcap = c.attention_softcap
         self.attention_norm = RMSNorm(c, layout)
-        self.q = layout.param(normal(keys[0], std), qkv, "embed heads head_dim")
-        kv = (c.embed_dim, c.num_kv_heads, c.head_dim)
-        self.k = layout.param(normal(keys[1], std), kv, "embed kv_heads head_dim")
-        self.v = layout.param(normal(keys[2], std), kv, "embed kv_heads head_dim")
-        self.o = layout.param(normal(keys[3], std_out), qkv[1:] + qkv[:1], "heads head_dim embed")
-        head_norm = lambda over: RMSNorm(c, layout, c.head_dim, over) if c.qk_norm else None
-        self.q_norm, self.k_norm = head_norm("batch seq heads"), head_norm("batch seq kv_heads")
+        self.attention = SelfAttention(c, layout, keys[:4])
         self.mlp_norm = RMSNorm(c, layout)
         self.gate = layout.param(normal(keys[4], std), (c.embed_dim, c.mlp_dim), "embed mlp")
         self.up = layout.param(normal(keys[5], std), (c.embed_dim, c.mlp_dim), "embed mlp")
@@ -98,19 +89,8 @@ class Block(nnx.Module):
     def __call__(self, x_BSD, table, segments_BS, layout: Layout, cache=None):
         """One layer: (residual stream, cache, aux)."""
         s, w = layout, layout.gather
-        h_BSD = s.move(self.attention_norm(x_BSD, s), "batch seq _", over="kv_heads")
-        q_BSHC = s.dot("bsd,dhc->bshc", h_BSD, w(self.q))
-        k_BSKC = s.dot("bsd,dkc->bskc", h_BSD, w(self.k))
-        v_BSKC = s.dot("bsd,dkc->bskc", h_BSD, w(self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSHC, k_BSKC = self.q_norm(q_BSHC, s), self.k_norm(k_BSKC, s)
-        q_BSHC = checkpoint_name(rotate(q_BSHC, table), "query")
-        k_BSKC = checkpoint_name(rotate(k_BSKC, table), "key")
-        v_BSKC = checkpoint_name(v_BSKC, "value")
-        a_BSHC, cache = attention.attend(
-            q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, self.softcap, cache
-        )
-        x_BSD += s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _")
+        y_BSD, cache = self.attention(self.attention_norm(x_BSD, s), table, segments_BS, s, cache)
+        x_BSD += y_BSD
 
         h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _", over="mlp")
         gate_BSF = checkpoint_name(s.dot("bsd,df->bsf", h_BSD, w(self.gate)), "mlp")
@@ -130,10 +110,10 @@ NAMES: dict[str, tuple[str, str]] = {
     "final_norm.scale": ("d->d", "model.norm.weight"),
     "head": ("vd->vd", "lm_head.weight"),
     "groups.0.0.attention_norm.scale": ("d->d", _LAYER + "input_layernorm.weight"),
-    "groups.0.0.q": ("dhc->(hc)d", _LAYER + "self_attn.q_proj.weight"),
-    "groups.0.0.k": ("dkc->(kc)d", _LAYER + "self_attn.k_proj.weight"),
-    "groups.0.0.v": ("dkc->(kc)d", _LAYER + "self_attn.v_proj.weight"),
-    "groups.0.0.o": ("hcd->d(hc)", _LAYER + "self_attn.o_proj.weight"),
+    "groups.0.0.attention.q": ("dhc->(hc)d", _LAYER + "self_attn.q_proj.weight"),
+    "groups.0.0.attention.k": ("dkc->(kc)d", _LAYER + "self_attn.k_proj.weight"),
+    "groups.0.0.attention.v": ("dkc->(kc)d", _LAYER + "self_attn.v_proj.weight"),
+    "groups.0.0.attention.o": ("hcd->d(hc)", _LAYER + "self_attn.o_proj.weight"),
     "groups.0.0.mlp_norm.scale": ("d->d", _LAYER + "post_attention_layernorm.weight"),
     "groups.0.0.gate": ("df->fd", _LAYER + "mlp.gate_proj.weight"),
     "groups.0.0.up": ("df->fd", _LAYER + "mlp.up_proj.weight"),
