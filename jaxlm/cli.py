@@ -249,11 +249,17 @@ def _check(args) -> None:
 
 
 def _verify(args) -> int:
-    from jaxlm import run, verify
+    import math
 
-    meshes = [text for text in args.overrides if verify.is_mesh(text)]
+    from jaxlm import devices, run, verify
+    from jaxlm.config import Devices
+
+    texts = [text for text in args.overrides if verify.is_mesh(text)]
     overrides = [text for text in args.overrides if not verify.is_mesh(text)]
-    return 0 if verify.run(run.load_config(args.config, overrides), meshes, args.json) else 1
+    config = run.load_config(args.config, overrides)
+    meshes = verify.chosen_meshes(config, texts)
+    devices.start(Devices(simulate=max(math.prod(sizes.values()) for sizes in meshes)))
+    return 0 if verify.run(config, meshes, args.json) else 1
 
 
 def _explain(args) -> None:
