@@ -138,6 +138,7 @@ def target_text(gpu: Gpu) -> str:
 
 def target_devices(target: str) -> list:
     """The devices that a target names: v5e:2x4, h100:1x8, cpu:8."""
+    jax.config.update("jax_platforms", "cpu")
     kind, _, shape = target.partition(":")
     sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
     if kind in ("v4", "v5e", "v5p", "v6e", "tpu7x") and len(sizes) in (2, 3):
@@ -331,7 +332,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("jaxlm").setLevel(logging.INFO)
-    jax.config.update("jax_platforms", "cpu")
     try:
         print(json.dumps(report(configfile.load(args.config, args.overrides), args.target)))
     except cfg.UserError as error:
