@@ -48,7 +48,8 @@ def test_large_copies_are_named_with_what_splits_them():
     (one,) = warnings("NVIDIA H100", 1, *small, *LARGE, "storage.embed=[]")
     assert one == (
         "groups.0.0.down, groups.0.0.gate, groups.0.0.up (up to 64 MiB of float32) rest in 2 "
-        "copies each, because mesh.fsdp=2 splits none of their dimensions; storage.embed=[fsdp] does"
+        "copies each, because mesh.fsdp=2 splits none of their dimensions; "
+        "storage.embed=[fsdp] does"
     )
     fixed = warnings("NVIDIA H100", 1, *small, *LARGE, "storage.embed=[fsdp]")
     assert fixed == []
