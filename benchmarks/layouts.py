@@ -53,7 +53,8 @@ def compile_row(name: str) -> str:
     shown = "; ".join(f"{what} {size / 2**30:.2f}" for what, size in total.most_common(5))
     return (
         f"| {name} | {target} | {' '.join(overrides)} "
-        f"| {report['peak_bytes'] / 1e9:.1f} of {memory / 1e9:.0f} | {shown} | {report['compile_seconds']:.0f} |"
+        f"| {report['peak_bytes'] / 1e9:.1f} of {memory / 1e9:.0f} | {shown} "
+        f"| {report['compile_seconds']:.0f} |"
     )
 
 
