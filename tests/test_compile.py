@@ -73,6 +73,59 @@ def expected(sizes: dict[str, int], microbatches: int, gather_at: str, kind: str
     return want
 
 
+def expected_bytes(config: cfg.Config, sizes: dict[str, int], kind: str) -> Counter:
+    """Bytes of results in a step, by (kind, axes): weights and activations times their trips."""
+    cpu, m, b = kind == "cpu", config.model, config.batch
+    data, fsdp, tensor = (sizes[axis] for axis in ("data", "fsdp", "tensor"))
+    width, wide = (
+        np.dtype(x).itemsize for x in (config.precision.compute, config.precision.reduce)
+    )
+    heads = 2 * (m.num_heads + m.num_kv_heads) * m.head_dim
+    layers = m.num_layers * m.embed_dim * (heads + 3 * m.mlp_dim) // tensor
+    tables = TABLES * m.embed_dim * cfg.padded_vocab(m) // tensor
+    norms = (NORMS - 1) * m.num_layers + 1
+    tokens = b.sequences * b.sequence_length // (data * fsdp)  # of a device, in all microbatches
+    scatter, part = ("all-reduce", 1) if cpu else ("reduce-scatter", tensor)
+    want = Counter()
+    if fsdp > 1 and config.gather_at == "layer":
+        times = b.microbatches
+        want["all-gather", ("fsdp",)] += width * (
+            2 * times * layers + (1 if cpu else times) * tables
+        )
+        kept = layers + tables if cpu else (layers + tables) // fsdp
+        want[scatter, ("fsdp",)] += wide * times * kept
+    if fsdp > 1 and config.gather_at == "step":
+        want["all-gather", ("fsdp",)] += width * (layers + tables)
+    late = ("data",) * (data > 1) + ("fsdp",) * (fsdp > 1 and config.gather_at == "step")
+    if late:
+        held = 1 if config.gather_at == "step" else fsdp
+        want["all-reduce", late] += wide * (layers + tables) // held
+    everywhere = tuple(axis for axis in ("data", "fsdp", "tensor") if sizes[axis] > 1)
+    if everywhere:
+        want["all-reduce", everywhere] += wide * norms * m.embed_dim
+    if tensor > 1:
+        hidden = width * tokens * m.embed_dim
+        want["all-gather", ("tensor",)] += (6 * m.num_layers + 2) * hidden
+        want[scatter, ("tensor",)] += (5 * m.num_layers + 1) * hidden // part
+        want["all-reduce", ("tensor",)] += hidden + 5 * 4 * tokens  # the loss
+    return want
+
+
+def measured_bytes(rows: list[dict]) -> Counter:
+    """Bytes of results in a step, by (kind, axes)."""
+    found = Counter()
+    for row in rows:
+        found[row["kind"], tuple(row["axes"])] += row["step_bytes"]
+    return found
+
+
+def check_bytes(found: Counter, want: Counter) -> None:
+    """Within 10 %, and a thousandth of all bytes for scalars that no formula counts."""
+    slack = sum(want.values()) / 1000
+    for key in want | found:
+        assert abs(found[key] - want[key]) <= 0.1 * want[key] + slack, (key, found, want)
+
+
 def count(found: list[compiler.Collective], layout) -> Counter:
     """Arrays communicated, by (kind, axes, loops around), without scalars."""
     counted = Counter()
@@ -95,6 +148,10 @@ def test_collectives_of_a_layout(name):
     config, layout, found = compile_tiny(devices, *overrides)
     want = expected(dict(layout.axes), config.batch.microbatches, config.gather_at, "cpu")
     assert count(found, layout) == want
+    check_bytes(
+        measured_bytes(compiler.summarize(found, layout)),
+        expected_bytes(config, dict(layout.axes), "cpu"),
+    )
     assert sum(one.scalars for one in found) <= 5  # loss, weight, z-loss; the gradient's norm
 
 
@@ -176,6 +233,10 @@ def test_collectives_on_devices_that_are_not_here(name):
         vars(config.mesh), config.batch.microbatches, config.gather_at, "gpu" if gpu else "tpu"
     )
     assert joined(found, gpu) == joined(want, gpu)
+    check_bytes(
+        measured_bytes(got["collectives"]),
+        expected_bytes(config, vars(config.mesh), "gpu" if gpu else "tpu"),
+    )
 
 
 def joined(counts: Counter, gpu: bool) -> Counter:
