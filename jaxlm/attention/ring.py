@@ -66,7 +66,12 @@ def attend(
     options = layout.attention
     axes, devices = layout.dim_axes("seq"), layout.size("seq")
     rule = Rule(axes, devices, options.context == "all_gather", options.chunk, softcap, window)
-    return _attend(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, rule)
+    spec, rows = layout.spec("batch seq heads _"), layout.spec("batch seq")
+    specs = (spec, spec, spec, None if segments_BS is None else rows)
+    # Mapped, because a ring is a program of one device: what to send on, and what to do meanwhile.
+    local = functools.partial(_local, rule)
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
+    return mapped(q_BSHC, k_BSKC, v_BSKC, segments_BS)
 
 
 def fit_heads(x_BSKC, layout: Layout, ways: int) -> jax.Array:
@@ -99,51 +104,33 @@ def attend_whole(
     return layout.move(out_BSHC, "batch seq heads _")
 
 
-# The backward pass goes round once more. Differentiated step by step it would keep the keys and
-# values of every device.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout: Layout, rule: Rule):
-    return _run_forward(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, rule)[0]
-
-
-def _attend_forward(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout: Layout, rule: Rule):
-    out_BSHC, lse_BSH = _run_forward(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, rule)
-    out_BSHC = checkpoint_name(out_BSHC, "attention")
-    lse_BSH = checkpoint_name(lse_BSH, "attention")
-    return out_BSHC, (q_BSHC, k_BSKC, v_BSKC, segments_BS, out_BSHC, lse_BSH)
-
-
-def _attend_backward(layout: Layout, rule: Rule, residuals, grad_BSHC):
-    spec, rows = layout.spec("batch seq heads _"), layout.spec("batch seq")
-    ids = rows if residuals[3] is not None else None
-    specs = (spec, spec, spec, ids, spec, layout.spec("batch seq heads"), spec)
-    mapped = jax.shard_map(
-        functools.partial(_local_backward, rule), in_specs=specs, out_specs=(spec,) * 3,
-        check_vma=False,
-    )  # fmt: skip
-    return *mapped(*residuals, grad_BSHC), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _run_forward(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout: Layout, rule: Rule):
-    """Output [B, S, H, C], and the log of the sum of exp(scores) [B, S, H]."""
-    spec, rows = layout.spec("batch seq heads _"), layout.spec("batch seq")
-    ids = rows if segments_BS is not None else None
-    # Mapped, because a ring is a program of one device: what to send on, and what to do meanwhile.
-    mapped = jax.shard_map(
-        functools.partial(_local_forward, rule), in_specs=(spec, spec, spec, ids),
-        out_specs=(spec, layout.spec("batch seq heads")), check_vma=False,
-    )  # fmt: skip
-    return mapped(q_BSHC, k_BSKC, v_BSKC, segments_BS)
-
-
 # Local shards below: S is the part of the row that this device holds, two pieces of p tokens.
 
 
+# The backward pass goes round once more. Differentiated step by step it would keep the keys and
+# values of every device.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _local(rule: Rule, q_BSHC, k_BSKC, v_BSKC, ids_BS):
+    return _local_forward(rule, q_BSHC, k_BSKC, v_BSKC, ids_BS)[0]
+
+
+def _save(rule: Rule, q_BSHC, k_BSKC, v_BSKC, ids_BS):
+    out_BSHC, lse_BSH = _local_forward(rule, q_BSHC, k_BSKC, v_BSKC, ids_BS)
+    out_BSHC = checkpoint_name(out_BSHC, "attention")
+    lse_BSH = checkpoint_name(lse_BSH, "attention")
+    return out_BSHC, (q_BSHC, k_BSKC, v_BSKC, ids_BS, out_BSHC, lse_BSH)
+
+
+def _pull(rule: Rule, residuals, grad_BSHC):
+    return *_local_backward(rule, *residuals, grad_BSHC), None
+
+
+_local.defvjp(_save, _pull)
+
+
 def _local_forward(rule: Rule, q_BSHC, k_BSKC, v_BSKC, ids_BS):
-    me = jax.lax.axis_index(rule.axes)
+    """Output [B, S, H, C], and the log of the sum of exp(scores) [B, S, H]."""
+    me, ids_BS, q_BSHC = _pinned(rule, ids_BS, q_BSHC)
     low, high = _halves(rule, me, Queries, ids_BS, _grouped(q_BSHC, k_BSKC))
 
     def own(blocks):  # the diagonal: a query sees itself, so every sum is above 0 from here on
@@ -167,7 +154,7 @@ def _local_forward(rule: Rule, q_BSHC, k_BSKC, v_BSKC, ids_BS):
 
 def _local_backward(rule: Rule, q_BSHC, k_BSKC, v_BSKC, ids_BS, out_BSHC, lse_BSH, grad_BSHC):
     """Gradients of q, k, v; those of k and v are summed in `wide` as they go round."""
-    me = jax.lax.axis_index(rule.axes)
+    me, ids_BS, q_BSHC = _pinned(rule, ids_BS, q_BSHC)
     wide_type = wide(q_BSHC.dtype)
     delta_BSH = jnp.sum(out_BSHC.astype(wide_type) * grad_BSHC.astype(wide_type), -1)
     facts = (_grouped(x, k_BSKC) for x in (q_BSHC, grad_BSHC, lse_BSH, delta_BSH))
@@ -196,6 +183,15 @@ def _local_backward(rule: Rule, q_BSHC, k_BSKC, v_BSKC, ids_BS, out_BSHC, lse_BS
     grads, (dk_BSKC, dv_BSKC) = _visit_back(rule, me, (ids_BS, k_BSKC, v_BSKC), own, other)
     dq_BSHC = jnp.concatenate(grads, 1).reshape(q_BSHC.shape)
     return tuple(x.astype(q_BSHC.dtype) for x in (dq_BSHC, dk_BSKC, dv_BSKC))
+
+
+def _pinned(rule: Rule, ids_BS, q_BSHC):
+    """The device's place in the ring, segments and queries, known all at once.
+
+    Places and segments are the same in every layer. Known before the queries, the scan over layers
+    would take what follows of them, the masks of all steps, out of its loop and hold them.
+    """
+    return jax.lax.optimization_barrier((jax.lax.axis_index(rule.axes), ids_BS, q_BSHC))
 
 
 def _visit(rule: Rule, me, blocks, own, other):
@@ -234,7 +230,7 @@ def _visit_back(rule: Rule, me, blocks, own, other):
             return grads, put(sums, source, more)
 
         grads, sums = jax.lax.fori_loop(1, rule.devices, body, (grads, put(zeros, me, sums)))
-        home = functools.partial(jax.lax.psum_scatter, axis_name=rule.axes)
+        home = lambda x: jax.lax.psum_scatter(x, rule.axes, tiled=True)[0]
         return grads, jax.tree.map(home, sums)
 
     def body(step, carry):
