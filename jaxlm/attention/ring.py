@@ -230,7 +230,8 @@ def _visit_back(rule: Rule, me, blocks, own, other):
             return grads, put(sums, source, more)
 
         grads, sums = jax.lax.fori_loop(1, rule.devices, body, (grads, put(zeros, me, sums)))
-        home = lambda x: jax.lax.psum_scatter(x, rule.axes, tiled=True)[0]
+        # A reduce-scatter in two parts: jax cannot lower it under vmap over another mesh axis.
+        home = lambda x: jnp.sum(jax.lax.all_to_all(x, rule.axes, 0, 0, tiled=True), 0)
         return grads, jax.tree.map(home, sums)
 
     def body(step, carry):
