@@ -228,7 +228,10 @@ BAD = {
     "unused devices": (["mesh.data=2"], "8"),
     "batch": (["mesh.data=8", "batch.sequences=12"], "batch.sequences=12"),
     "missing data": (["data.path=nowhere"], "data.path=nowhere"),
-    "sequence": (["rules.seq=[data]", "rules.batch=[]", "mesh.data=8"], "rules.seq"),
+    "sequence": (
+        ["mesh.data=1", "mesh.context=8", "batch.sequence_length=24", "loss.chunks=1"],
+        "batch.sequence_length=24 is not divisible by 2 x mesh.context=8",
+    ),
     "NUL": (["run.dir='\"a\\0b\"'".replace("'", "")], "run.dir"),
     "vocabulary": (["model.vocab_size=100"], "model.vocab_size=100"),
     "unwritable": (["run.dir=/proc/run"], "run.dir=/proc/run"),
