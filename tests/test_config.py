@@ -378,8 +378,8 @@ def test_valid(base, file, overrides, devices):
             ["=4102 is not divisible by 2 x mesh.context=2", "4100 or 4104"],
         ),
         (
-            ["mesh.context=3", "attention.context=all_to_all", "batch.sequence_length=4100"],
-            ["=4100 is not divisible by", "mesh.context=3"],
+            ["mesh.context=8", "attention.context=all_to_all", "batch.sequence_length=4100"],
+            ["=4100 is not divisible by", "mesh.context=8"],
         ),
         (
             ["mesh.context=16", "attention.context=all_to_all"],

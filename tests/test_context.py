@@ -267,7 +267,7 @@ def test_bytes_of_the_ring(n):
     part = 4 * LENGTH // n * 8 * WIDTH
     hops = 2 * (n - 1)
     assert moved("ring", n, False) == {"collective-permute": (hops, hops * part)}
-    hops += 2 * (n - 1) + 2 * n
+    hops += 2 * (n - 1) + 2 * n - 2  # without remat XLA makes the first of both passes one
     found = moved("ring", n, True)["collective-permute"]
     assert found == (hops, hops * part)
 
