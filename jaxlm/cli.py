@@ -143,6 +143,7 @@ def _add_config(commands) -> None:
         action = _command(actions, name, run, help_)
         action.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
         action.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    action.add_argument("--target", help="absent devices, as v5p:4x4x4 or h100:4x8")
     action = _command(actions, "explain", _explain, "meaning, legal values, effect of a key")
     action.add_argument("key", metavar="KEY", nargs="?", default="", help="key or section")
 
@@ -241,19 +242,34 @@ def _show(args) -> None:
 
 
 def _check(args) -> None:
-    config = _start(args, args.config)
-    from jaxlm import state
+    import jax
 
-    mesh, _ = state.open_mesh(config)
+    from jaxlm import lint
+    from jaxlm.compile import target_devices
+    from jaxlm.state import model_structure, open_mesh
+
+    found = target_devices(args.target) if args.target else None
+    config = _start(args, args.config)
+    mesh, layout = open_mesh(config, found)
     print(f"{args.config}: fits on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    with jax.set_mesh(mesh):
+        structure = model_structure(config.model, layout)
+    for line in lint.warnings(config, mesh, layout, structure):
+        print(f"warning: {line}")
 
 
 def _verify(args) -> int:
-    from jaxlm import run, verify
+    import math
 
-    meshes = [text for text in args.overrides if verify.is_mesh(text)]
+    from jaxlm import devices, run, verify
+    from jaxlm.config import Devices
+
+    texts = [text for text in args.overrides if verify.is_mesh(text)]
     overrides = [text for text in args.overrides if not verify.is_mesh(text)]
-    return 0 if verify.run(run.load_config(args.config, overrides), meshes, args.json) else 1
+    config = run.load_config(args.config, overrides)
+    meshes = verify.chosen_meshes(config, texts)
+    devices.start(Devices(simulate=max(math.prod(sizes.values()) for sizes in meshes)))
+    return 0 if verify.run(config, meshes, args.json) else 1
 
 
 def _explain(args) -> None:

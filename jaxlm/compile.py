@@ -138,6 +138,7 @@ def target_text(gpu: Gpu) -> str:
 
 def target_devices(target: str) -> list:
     """The devices that a target names: v5e:2x4, h100:1x8, cpu:8."""
+    jax.config.update("jax_platforms", "cpu")
     kind, _, shape = target.partition(":")
     sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
     if kind in ("v4", "v5e", "v5p", "v6e", "tpu7x") and len(sizes) in (2, 3):
@@ -161,6 +162,7 @@ class Collective(NamedTuple):
     bytes: int  # of those
     groups: tuple[tuple[int, ...], ...]  # positions in the mesh that talk; (): all
     loops: int  # while loops around it
+    times: int  # that it runs in a step
 
     @property
     def scalars(self) -> int:
@@ -181,7 +183,7 @@ def collectives(hlo: str) -> list[Collective]:
     computations, entry = _computations(hlo)
     found = []
 
-    def walk(name: str, loops: int, outer: set | None) -> None:
+    def walk(name: str, loops: int, times: int, outer: set | None) -> None:
         # On TPU one collective spans its start, step and done fusions: within the computation
         # that calls those, `outer`, it counts once.
         seen = set() if outer is None else outer
@@ -191,16 +193,30 @@ def collectives(hlo: str) -> list[Collective]:
                 channel = re.search(r"channel_id=\d+", line)
                 key = (*_ARRAY.findall(match[1]), match[2], channel[0] if channel else line)
                 if outer is None or key not in seen:
-                    found.append(_collective(match, name, loops))
+                    found.append(_collective(match, name, loops, times))
                 seen.add(key)
             for role, callee in _CALLED.findall(line):
-                walk(callee, loops + (role == "body"), seen if role == "calls" else outer)
+                trips = _trips(line, computations) if role == "body" else 1
+                inside = seen if role == "calls" else outer
+                walk(callee, loops + (role == "body"), times * trips, inside)
             for branches in _BRANCHES.findall(line):
                 for callee in re.findall(r"[\w.\-]+", branches):
-                    walk(callee, loops, outer)
+                    walk(callee, loops, times, outer)
 
-    walk(entry, 0, None)
+    walk(entry, 0, 1, None)
     return found
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a while loop runs: the compiler says so, or its condition is counter < constant."""
+    if known := re.search(r"known_trip_count\D*(\d+)", line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    assert condition, line
+    lines = computations[condition[1]]
+    limits = [m[1] for each in lines if (m := re.search(r"= s32\[\]\S* constant\((\d+)\)", each))]
+    assert len(limits) == 1, (line, lines)
+    return int(limits[0])
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
@@ -217,7 +233,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _collective(match: re.Match, computation: str, loops: int) -> Collective:
+def _collective(match: re.Match, computation: str, loops: int, times: int) -> Collective:
     result, kind, start, rest = match.groups()
     arrays = _ARRAY.findall(result)
     if start and (kind != "all-reduce" or result.startswith("((")):  # operands, results, contexts
@@ -231,7 +247,7 @@ def _collective(match: re.Match, computation: str, loops: int) -> Collective:
     size = lambda dims: math.prod(int(n) for n in dims.split(",") if n)
     return Collective(
         kind, tuple(f"{t}[{dims}]" for t, dims in arrays),
-        int(sum(width(t) * size(dims) for t, dims in arrays) / parts), groups, loops,
+        int(sum(width(t) * size(dims) for t, dims in arrays) / parts), groups, loops, times,
     )  # fmt: skip
 
 
@@ -287,22 +303,26 @@ def mesh_axes(groups: tuple[tuple[int, ...], ...], layout: Layout) -> tuple[str,
     return tuple(axis for (axis, _), does in zip(layout.axes, varies, strict=True) if does)
 
 
+SUMS = ("count", "arrays", "scalars", "bytes", "step_bytes")
+
+
 def summarize(found: list[Collective], layout: Layout) -> list[dict]:
     """Collectives of one kind, axes and loop depth as one row each, largest first."""
-    rows = collections.defaultdict(lambda: {"count": 0, "arrays": 0, "scalars": 0, "bytes": 0})
+    rows = collections.defaultdict(lambda: dict.fromkeys(SUMS, 0))
     for one in found:
         row = rows[one.kind, mesh_axes(one.groups, layout), one.loops]
         row["count"] += 1
         row["arrays"] += len(one.shapes)
         row["scalars"] += one.scalars
         row["bytes"] += one.bytes
+        row["step_bytes"] += one.bytes * one.times
     names = ("kind", "axes", "loops")
     table = [dict(zip(names, key, strict=True)) | row for key, row in rows.items()]
-    return sorted(table, key=lambda row: -row["bytes"])
+    return sorted(table, key=lambda row: -row["step_bytes"])
 
 
 def report(config: cfg.Config, target: str) -> dict:
-    """Compile for a target: memory, collectives (bytes: results, once per execution), backend."""
+    """Compile for a target: memory, collectives (bytes: results; once, and in a step), backend."""
     program = make_program(config, target_devices(target))
     start = time.monotonic()
     lowered = trace_train_step(config, program).lower()
@@ -331,7 +351,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("jaxlm").setLevel(logging.INFO)
-    jax.config.update("jax_platforms", "cpu")
     try:
         print(json.dumps(report(configfile.load(args.config, args.overrides), args.target)))
     except cfg.UserError as error:

@@ -18,6 +18,8 @@ class Kind:
     name: str
     bf16_flops: float  # FLOP/s; 0: not known, so no MFU
     hbm_bytes: float  # capacity
+    link: float = 0  # bytes/s between close chips: one torus axis, both ways (TPU); NVLink, one way
+    network: float = 0  # bytes/s per chip to other slices or hosts
     compiler_options: tuple[tuple[str, str | int | bool], ...] = ()
 
 
@@ -26,19 +28,20 @@ _TPU = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),)
 _TPU_V6E = _TPU + (("xla_tpu_scoped_vmem_limit_kib", "98304"),)
 # Matched in order against the device kind that jax reports, lower case.
 KINDS = (
-    ("tpu v4", Kind("TPU v4", 275e12, 32e9, _TPU)),
-    ("tpu v5 lite", Kind("TPU v5e", 197e12, 16e9, _TPU)),
-    ("tpu v5e", Kind("TPU v5e", 197e12, 16e9, _TPU)),
-    ("tpu v5", Kind("TPU v5p", 459e12, 95e9, _TPU)),
-    ("tpu v6", Kind("TPU v6e", 918e12, 32e9, _TPU_V6E)),
-    ("tpu7x", Kind("TPU7x", 2307e12 / 2, 96e9, _TPU)),  # jax shows its two cores as devices
-    ("tpu", Kind("TPU", 0, 0, _TPU)),
-    ("a100", Kind("A100", 312e12, 80e9)),
-    ("h100 pcie", Kind("H100 PCIe", 756e12, 80e9)),
-    ("h100 nvl", Kind("H100 NVL", 835e12, 94e9)),
-    ("h100", Kind("H100", 989e12, 80e9)),
-    ("h200", Kind("H200", 989e12, 141e9)),
-    ("b200", Kind("B200", 2250e12, 180e9)),
+    ("tpu v4", Kind("TPU v4", 275e12, 32e9, 9e10, 3.1e9, _TPU)),
+    ("tpu v5 lite", Kind("TPU v5e", 197e12, 16e9, 9e10, 3.1e9, _TPU)),
+    ("tpu v5e", Kind("TPU v5e", 197e12, 16e9, 9e10, 3.1e9, _TPU)),
+    ("tpu v5", Kind("TPU v5p", 459e12, 95e9, 1.8e11, 6.2e9, _TPU)),
+    ("tpu v6", Kind("TPU v6e", 918e12, 32e9, 1.8e11, 12.5e9, _TPU_V6E)),
+    # jax shows its two cores as devices
+    ("tpu7x", Kind("TPU7x", 2307e12 / 2, 96e9, 1.8e11, 12.5e9, _TPU)),
+    ("tpu", Kind("TPU", 0, 0, 0, 0, _TPU)),
+    ("a100", Kind("A100", 312e12, 80e9, 300e9, 25e9)),
+    ("h100 pcie", Kind("H100 PCIe", 756e12, 80e9, 64e9, 50e9)),
+    ("h100 nvl", Kind("H100 NVL", 835e12, 94e9, 300e9, 50e9)),
+    ("h100", Kind("H100", 989e12, 80e9, 450e9, 50e9)),
+    ("h200", Kind("H200", 989e12, 141e9, 450e9, 50e9)),
+    ("b200", Kind("B200", 2250e12, 180e9, 900e9, 50e9)),
 )
 
 

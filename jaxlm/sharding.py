@@ -113,6 +113,10 @@ class Layout:
                     used.add(axis)
         return P(*map(_entry, entries))
 
+    def stored_axes(self, dims: str) -> frozenset[str]:
+        """The axes that split a weight at rest; over all others it is copied."""
+        return frozenset(axis for entry in self.stored(dims) for axis in _axes(entry))
+
     def without(self, axis: str) -> Layout:
         """The layout of code that runs under vmap over, or shard_map manual on, that axis."""
         axes = tuple((a, 1 if a == axis else n) for a, n in self.axes)

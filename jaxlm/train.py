@@ -15,7 +15,18 @@ import optax
 from jax.sharding import Mesh, reshard
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import checkpoint, configfile, data, devices, evaluate, generate, metrics, optim, run
+from jaxlm import (
+    checkpoint,
+    configfile,
+    data,
+    devices,
+    evaluate,
+    generate,
+    lint,
+    metrics,
+    optim,
+    run,
+)
 from jaxlm import config as cfg
 from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
@@ -181,6 +192,8 @@ def train(config: cfg.Config) -> None:
 
         with metrics.open_log(config, structure, mesh, run_dir, start) as log:
             logger.info("%s", metrics.describe_run(config, mesh, layout, structure, start))
+            for line in lint.warnings(config, mesh, layout, structure):
+                logger.warning("warning: %s", line)
             if config.optimizer.warmup_steps >= config.steps:
                 logger.info("the run ends within its warm-up (optimizer.warmup_steps)")
             previous = None

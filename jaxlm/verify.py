@@ -111,7 +111,7 @@ def errors(expected: Numbers, found: Numbers) -> Iterator[tuple[str, str, float]
                 keep = expected["significant"][name]
                 a, b = np.where(keep, a, 0), np.where(keep, b, 0)
             if what != "significant":
-                floor = FLOOR * total if what not in ("loss", "metric") else FLOOR
+                floor = FLOOR if what == "metric" else FLOOR * total
                 yield what, name, norm(a - b) / max(norm(b), floor, 1e-30)
 
 
@@ -148,7 +148,7 @@ def _steps(config: cfg.Config, layout: Layout, mesh, start: State) -> Numbers:
         mean = lambda tree: jax.tree.map(lambda x: x / weight, tree)
         return mean(grads), {"loss": loss / weight, **mean(aux)}, optim.global_norm(mean(grads))
 
-    found: Numbers = {"loss": {}, "metric": {}, "gradient": {}}
+    found: Numbers = {}
     for kind, optimizer in _optimizers(config, structure.dims).items():
 
         @functools.partial(jax.jit, compiler_options=FAST)
@@ -161,10 +161,9 @@ def _steps(config: cfg.Config, layout: Layout, mesh, start: State) -> Numbers:
         for step, batch in enumerate(batches):
             grads, aux, norm = gradients(state, batch)
             host = {name: np.asarray(g) for name, g in grads.items()}
-            found["loss"] |= {f"step {step} of {kind}": np.asarray(aux.pop("loss"))}
-            if step == 0:
-                found["gradient"] = host
-                found["loss"] |= {"gradient norm": np.asarray(norm)}
+            if not found:
+                found = {"loss": {"loss": np.asarray(aux.pop("loss"))}, "gradient": host}
+                found["gradient norm"] = {"all gradients": np.asarray(norm)}
                 found["metric"] = {name: np.asarray(value) for name, value in aux.items()}
             if kind == "AdamW":
                 found["significant"] = _significant(host, found.get("significant"))
@@ -328,11 +327,13 @@ def is_mesh(text: str) -> bool:
     return text.split("=")[0].strip() in cfg.AXES
 
 
-def run(config: cfg.Config, texts: Sequence[str], as_json: bool) -> bool:
+def chosen_meshes(config: cfg.Config, texts: Sequence[str]) -> list[Sizes]:
+    """The meshes that a command names, or the config's own."""
+    return [parse_mesh(text) for text in texts] or [own_mesh(config)]
+
+
+def run(config: cfg.Config, meshes: Sequence[Sizes], as_json: bool) -> bool:
     """`jaxlm verify-layout`: print a row for each mesh; whether all are equal."""
-    meshes = [parse_mesh(text) for text in texts] or [own_mesh(config)]
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(math.prod(s.values()) for s in meshes))
     results = list(verify_layout(config, meshes))
     if as_json:
         print(json.dumps([dataclasses.asdict(result) for result in results]))

@@ -240,6 +240,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 }
 
 %cond (p: f32[8]) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
 %add (p: f32[]) -> f32[] {
@@ -253,7 +255,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 def test_halves_fusions_and_loops():
     everyone = ((0, 1, 2, 3),)
     assert compiler.collectives(HLO) == [
-        compiler.Collective("all-gather", ("f32[8]",), 32, everyone, 1),
-        compiler.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1),
-        compiler.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0),
+        compiler.Collective("all-gather", ("f32[8]",), 32, everyone, 1, 5),
+        compiler.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1, 5),
+        compiler.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0, 1),
     ]

@@ -1,0 +1,194 @@
+"""verify-layout passes what is right on every mesh, and catches planted mistakes."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from jaxlm import cli, configfile, optim, sharding, train, verify
+from jaxlm.models import layers
+
+CONFIGS = tiny.CONFIGS.parent.parent / "configs"
+
+
+@functools.cache
+def reference(*key):
+    """measure() of a tiny config on one device, once per config and precision."""
+    config = tiny.config(*key)
+    return functools.cache(lambda double: verify.measure(config, double))
+
+
+def check(mesh: str, *key: str) -> verify.Result:
+    """A tiny config (family, overrides) on a mesh against one device."""
+    config = verify.replace_mesh(tiny.config(*key), verify.parse_mesh(mesh))
+    return verify.verify_mesh(config, reference(*key))
+
+
+# Mistakes, each as a change of one function of jaxlm.
+
+
+def misplaced_scale(monkeypatch):
+    """Devices along tensor but the first shift the scaled features by one."""
+    true = layers._scale
+
+    def scale(x, weight):
+        y = true(x, weight)
+        spec, ways = jax.typeof(y).sharding.spec, jax.sharding.get_abstract_mesh().shape["tensor"]
+        if ways == 1:
+            return y
+        turn = lambda y: jnp.where(jax.lax.axis_index("tensor") == 0, y, jnp.roll(y, 1, -1))
+        return jax.shard_map(turn, in_specs=spec, out_specs=spec)(y)
+
+    monkeypatch.setattr(layers, "_scale", scale)
+
+
+def dropped_sum(monkeypatch):
+    """Of a product summed over tensor, the first device's part alone is kept."""
+    true = sharding.Layout.dot
+
+    def dot(self, equation, x, w, out=None):
+        if out is not None:
+            first = lambda x: x * (jax.lax.axis_index("tensor") == 0)
+            spec = jax.typeof(x).sharding.spec
+            if "tensor" in spec:
+                x = jax.shard_map(first, in_specs=spec, out_specs=spec)(x)
+        return true(self, equation, x, w, out)
+
+    monkeypatch.setattr(sharding.Layout, "dot", dot)
+
+
+def scaled_gradients(name: str, factor: float):
+    """The gradients of some weights, times a factor, on more than one device."""
+
+    def plant(monkeypatch):
+        true = train.reduce_gradients
+
+        def reduce_gradients(grads, structure, layout):
+            wrong = factor if layout.size("batch") > 1 else 1.0
+            done = true(grads, structure, layout)
+            return {n: g * (wrong if n.endswith(name) else 1.0) for n, g in done.items()}
+
+        monkeypatch.setattr(train, "reduce_gradients", reduce_gradients)
+
+    return plant
+
+
+def wrong_norm(monkeypatch):
+    """The global norm counts replicated weights once per copy."""
+    true = optim.global_norm
+
+    def global_norm(grads):
+        return true(grads) * jax.sharding.get_abstract_mesh().size
+
+    monkeypatch.setattr(optim, "global_norm", global_norm)
+
+
+def wrong_start(monkeypatch):
+    """The seed of initial values depends on the mesh."""
+    true = layers.normal
+
+    def normal(key, std):
+        return true(jax.random.fold_in(key, jax.sharding.get_abstract_mesh().size), std)
+
+    monkeypatch.setattr("jaxlm.models.decoder.normal", normal)
+
+
+MISTAKES = {
+    "a norm's scale misplaced": (misplaced_scale, "fsdp=2,tensor=2", "loss"),
+    "a sum over devices dropped": (dropped_sum, "fsdp=2,tensor=2", "loss"),
+    "a gradient counted twice": (scaled_gradients("down", 2), "data=2", "gradient of groups.0.0.d"),
+    "a gradient not summed": (scaled_gradients("scale", 0.5), "data=2", "gradient of final_norm"),
+    "a norm of gradients counted twice": (wrong_norm, "data=2", "gradient norm of all"),
+    "other initial values": (wrong_start, "data=2", "initial of embed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_planted_mistake_is_caught(name, monkeypatch):
+    plant, mesh, first = MISTAKES[name]
+    reference("llama")(False)  # without the mistake
+    plant(monkeypatch)
+    result = check(mesh, "llama")
+    assert not result.equal
+    assert result.first.startswith(first)
+
+
+def test_rounding_is_told_from_a_mistake(monkeypatch):
+    """A difference that float32 alone has is no mistake, and is reported as such."""
+    true = train.reduce_gradients
+
+    def coarse(grads, structure, layout):
+        done = true(grads, structure, layout)
+        if layout.size("batch") == 1 or layout.compute == "float64":
+            return done
+        return {name: g * (1 + 2e-5) for name, g in done.items()}
+
+    reference("llama")(False)
+    monkeypatch.setattr(train, "reduce_gradients", coarse)
+    result = check("data=2", "llama")
+    assert result.equal and result.precision == "float64"
+    assert 1e-5 < result.errors["gradient"] < 3e-5
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.rglob("*.yaml")))
+def test_every_config_shrinks_and_keeps_its_structure(name):
+    full = configfile.load(next(CONFIGS.rglob(name)))
+    sizes = verify.own_mesh(full)
+    small = verify.replace_mesh(verify.shrink(full, [sizes]), sizes)
+    verify.validate(small, verify.math.prod(sizes.values()))
+    weights = small.model.embed_dim * (small.model.vocab_size + small.model.mlp_dim)
+    assert weights * small.model.num_layers < 1e6
+    assert small.batch.sequences * small.batch.sequence_length <= 1 << 14
+    kept = ("num_heads", "num_kv_heads", "tie_embeddings", "qk_norm", "family")
+    for field in kept:
+        assert getattr(small.model, field) == getattr(full.model, field)
+    for field in ("remat", "rules", "storage", "gather_at"):
+        assert getattr(small, field) == getattr(full, field)
+
+
+def test_documents_are_packed_as_in_training():
+    config = tiny.config("llama")
+    batch = verify.make_batch(config, None, 0)
+    segments, positions = batch["segments"], batch["positions"]
+    for row in range(len(segments)):
+        for segment in set(segments[row]) - {0}:
+            place = positions[row][segments[row] == segment]
+            assert place.tolist() == list(range(len(place)))
+    assert (batch["weights"][segments == 0] == 0).all() and (segments == 0).any()
+    whole = verify.make_batch(tiny.config("llama", "data.segments=false"), None, 0)
+    assert (whole["positions"] == range(config.batch.sequence_length)).all()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("fsdp", "'fsdp' is not axis=size"),
+        ("fsdp=2,tensr=4", "'tensr=4' is not axis=size"),
+        ("fsdp=0", "'fsdp=0' is not axis=size"),
+        ("fsdp=2,fsdp=2", "axis fsdp is given twice"),
+    ],
+)
+def test_mistakes_in_a_mesh_are_one_line(text, message):
+    with pytest.raises(verify.cfg.UserError, match=message):
+        verify.parse_mesh(text)
+
+
+def test_a_mesh_that_cannot_work_is_refused_before_it_runs():
+    config = configfile.load(CONFIGS / "quickstart.yaml")
+    with pytest.raises(verify.cfg.UserError, match="model.num_heads=.* is not divisible by mesh.t"):
+        verify.shrink(config, [{"tensor": 3}])
+
+
+def test_the_command(capsys, monkeypatch):
+    """A table or JSON, and the exit code."""
+    arguments = "verify-layout", tiny.CONFIGS / "llama.yaml", "data=2", "steps=5", "--json"
+    (row,) = json.loads(tiny.finish(tiny.command(*arguments)))
+    assert row["mesh"] == "data=2" and row["equal"] and row["errors"]["gradient"] < 1e-5
+    scaled_gradients("up", 2)(monkeypatch)
+    monkeypatch.setattr("jaxlm.devices.start", lambda devices: None)  # they are started
+    assert cli.main([*map(str, arguments[:-1])]) == 1
+    out = capsys.readouterr().out
+    assert "DIFFERS" in out and "data=2: gradient of groups.0.0.up by 1 in float64" in out
