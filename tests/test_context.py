@@ -248,16 +248,15 @@ def test_memory_does_not_grow_with_the_ring():
 
 @functools.cache
 def moved(variant: str, n: int, backward: bool) -> dict[str, tuple[int, int]]:
-    """kind -> (arrays, bytes of results) that a device receives: loops as often as they run."""
+    """kind -> (arrays, bytes of results) that a device receives, loops as often as they run."""
     mesh, layout = open_split(variant, 8, 8, f"mesh.context={n}", chunk=16)
     with jax.set_mesh(mesh):
         inputs = shapes(mesh, layout, 1, LENGTH, 8, 8, False)
         text = program(layout, backward).lower(*inputs).compile().as_text()
     found = {}
     for one in collectives(text):
-        times = max(0, n - 2) if one.loops else 1
         count, size = found.get(one.kind, (0, 0))
-        found[one.kind] = count + times * len(one.shapes), size + times * one.bytes
+        found[one.kind] = count + one.times * len(one.shapes), size + one.times * one.bytes
     return found
 
 

@@ -48,7 +48,9 @@ LAYOUTS = draw(SEED)
 
 
 def config(family: str, variant: str, *overrides: str):
-    return tiny.config(family, "batch.sequences=32", "model.num_layers=4", *VARIANTS[variant], *overrides)
+    return tiny.config(
+        family, "batch.sequences=32", "model.num_layers=4", *VARIANTS[variant], *overrides
+    )
 
 
 @functools.cache

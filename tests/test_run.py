@@ -85,13 +85,14 @@ def test_resumed_on_another_mesh_the_losses_agree(alone, data, tmp_path):
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
 
 
-def test_two_processes_train_the_same_run(alone, data, tmp_path):
+@pytest.mark.parametrize("mesh", [["mesh.fsdp=4"], ["mesh.context=4", "mesh.fsdp=1"]])
+def test_two_processes_train_the_same_run(mesh, alone, data, tmp_path):
     run_dir = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = [f"devices.coordinator=localhost:{port}", "devices.num_processes=2"]
-    common = ["devices.simulate=2", *COMMON[1:]]
+    common = ["devices.simulate=2", *COMMON[2:], *mesh]
     processes = [
         start(run_dir, data, *together, f"devices.process_id={i}", common=common) for i in (0, 1)
     ]
@@ -100,7 +101,7 @@ def test_two_processes_train_the_same_run(alone, data, tmp_path):
     losses, expected = tiny.losses(run_dir), tiny.losses(alone[0])
     assert losses.keys() == expected.keys()
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
-    here = ["devices.simulate=4", "mesh.fsdp=4"]
+    here = ["devices.simulate=4", *mesh]
     one_process = tiny.finish(tiny.command("eval", run_dir, "--json", *here))
     original = tiny.finish(tiny.command("eval", alone[0], "--json"))
     assert json.loads(one_process)["loss"] == pytest.approx(json.loads(original)["loss"], rel=1e-5)
