@@ -158,6 +158,10 @@ class Model:
     attention_softcap: float = key(
         0.0, "scores = c*tanh(scores/c); 0: off", minimum=0.0, changes="recompiles numbers"
     )
+    sliding_window: int = key(
+        0, "tokens that a query sees, itself included; 0: all before it", minimum=0,
+        changes="recompiles numbers",
+    )  # fmt: skip
     logit_softcap: float = key(
         0.0, "logits = c*tanh(logits/c); 0: off", minimum=0.0, changes="recompiles numbers"
     )
@@ -177,8 +181,14 @@ class Attention:
         changes="recompiles",
     )
     chunk: int = key(
-        256, "queries per chunk of the chunked backend, tokens", minimum=1, changes="recompiles"
-    )
+        256, "queries per chunk of chunked, ring and all_gather, tokens", minimum=1,
+        changes="recompiles",
+    )  # fmt: skip
+    context: str = key(
+        "ring",
+        "of a split sequence: keys go round | are gathered | whole sequences of fewer heads",
+        choices=("ring", "all_gather", "all_to_all"), changes="recompiles",
+    )  # fmt: skip
 
 
 @section

@@ -19,7 +19,7 @@ from jaxlm import devices, run
 from jaxlm.data import Split, check_vocab, load_tokenizer, open_split
 from jaxlm.data.load import evaluation_batches
 from jaxlm.loss import batch_losses, split_batch
-from jaxlm.sharding import Layout, batch_shardings
+from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import Arrays, Structure
 
 
@@ -80,6 +80,9 @@ def evaluate_run(config: cfg.Config, step: int | None, split_name: str) -> dict:
         options = dict(devices.kind(model.mesh).compiler_options)
         eval_step = make_eval_step(config, model.structure, model.layout, options)
         shardings = batch_shardings(config, model.layout, model.mesh)
-        batches = evaluation_batches(split, config.batch, shardings, segments=config.data.segments)
+        batches = evaluation_batches(
+            split, config.batch, shardings, segments=config.data.segments,
+            order=sequence_order(model.layout, config.batch.sequence_length),
+        )  # fmt: skip
         result = evaluate(eval_step, model.params, model.fixed, batches, split)
         return {"step": model.step, "split": split_name, **result}

@@ -278,6 +278,19 @@ def _partitions(spec: PartitionSpec) -> tuple:
     return tuple(getattr(spec, "partitions", None) or getattr(spec, "_partitions", ()))
 
 
+def sequence_order(layout: Layout, length: int) -> np.ndarray:
+    """The token of a row [S] that each place of a batch holds: the zig-zag order of ring.py.
+
+    Device i of n holds pieces i and 2n-1-i of 2n, and so an equal share of the causal mask. Whole
+    sequences, and those that all_to_all makes whole, stay in their natural order.
+    """
+    count = layout.size("seq")
+    if count == 1 or layout.attention.context == "all_to_all":
+        return np.arange(length)
+    pieces = np.arange(length).reshape(2 * count, -1)
+    return np.stack([pieces[:count], pieces[: count - 1 : -1]], axis=1).reshape(-1)
+
+
 def stacked_dims(param: nnx.Variable) -> str:
     """A variable's dimension names, with the leading `layers` that stacking gave it."""
     dims = param.get_metadata("dims")

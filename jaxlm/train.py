@@ -31,7 +31,7 @@ from jaxlm import config as cfg
 from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
 from jaxlm.loss import batch_losses, split_batch
-from jaxlm.sharding import Layout, batch_shardings, wide
+from jaxlm.sharding import Layout, batch_shardings, sequence_order, wide
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
 
 logger = logging.getLogger("jaxlm")
@@ -181,6 +181,7 @@ def train(config: cfg.Config) -> None:
         state, start = run.first_state(config, layout, optimizer, mesh, facts)
         batches = load.batches(
             training, config.batch, config.seed, shardings, start,
+            order=sequence_order(layout, config.batch.sequence_length),
             segments=config.data.segments, prefetch=config.data.prefetch,
         )  # fmt: skip
         if start < config.steps:
@@ -231,8 +232,10 @@ def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, sh
 
     def held_out(state: State) -> dict:
         batches = load.evaluation_batches(
-            split, config.batch, shardings, config.eval.batches, segments=config.data.segments
-        )
+            split, config.batch, shardings, config.eval.batches,
+            order=sequence_order(layout, config.batch.sequence_length),
+            segments=config.data.segments,
+        )  # fmt: skip
         return evaluate.evaluate(eval_step, state.params, state.fixed, batches, split)
 
     return held_out

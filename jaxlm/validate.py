@@ -11,7 +11,6 @@ from jaxlm.configfile import did_you_mean
 # Axes whose code is not written yet: larger than 1 is refused.
 UNBUILT = {
     "stage": "pipeline parallelism is not built yet; use data, fsdp or tensor",
-    "context": "splitting the sequence is not built yet; use data, fsdp or tensor",
 }
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
 # Arrays of the model: in use, an axis may split only one dimension of each.
@@ -49,8 +48,6 @@ def validate(config: Config, num_devices: int | None = None) -> None:
             raise UserError(f"mesh.{axis}={sizes[axis]}: {why}")
     rules, storage = RULES | config.rules, STORAGE | config.storage
     _check_arrays(rules, sizes)
-    if split := _axes(rules, "seq", sizes):
-        raise UserError(f"rules.seq: {_product(split)}: {UNBUILT['context']}; use rules.seq=[]")
     _check_heads(config, rules, storage, sizes)
     _check_batch(config, rules, sizes)
     _check_weights(config, rules, storage, sizes)
@@ -230,6 +227,9 @@ def _check_kernel(config: Config) -> None:
     if config.attention.backend != "cudnn":
         return
     other = "use attention.backend=chunked or xla"
+    if config.model.sliding_window:
+        window = config.model.sliding_window
+        raise UserError(f"model.sliding_window={window}: cudnn is not given a window here; {other}")
     if config.model.attention_softcap:
         softcap = config.model.attention_softcap
         raise UserError(f"model.attention_softcap={softcap}: cudnn has no soft cap; {other}")
@@ -291,7 +291,10 @@ def _check_batch(config: Config, rules: Table, sizes: dict[str, int]) -> None:
     _divide("batch.sequences", b.sequences, _axes(rules, "batch", sizes) | microbatches)
     name, length = "batch.sequence_length", b.sequence_length
     _divide(name, length, _axes(rules, "residual_seq", sizes))
-    _divide(name, length, _axes(rules, "seq", sizes) | {"loss.chunks": loss.chunks})
+    split = _axes(rules, "seq", sizes)
+    _divide(name, length, split | {"loss.chunks": loss.chunks})
+    if split and config.attention.context != "all_to_all":  # two pieces of it on each device
+        _divide(name, length, split, pieces=2)
 
 
 def _check_heads(config: Config, rules: Table, storage: Table, sizes: dict[str, int]) -> None:
@@ -315,6 +318,9 @@ def _check_heads(config: Config, rules: Table, storage: Table, sizes: dict[str, 
             f"model.num_kv_heads={kv} is not divisible by {_product(ways)}; nearest: "
             f"{axis}={_join(near)}, or rules.kv_heads=[] to replicate them"
         )
+    if config.attention.context == "all_to_all":  # kv heads are repeated
+        parts = _axes(rules, "heads", sizes) | _axes(rules, "seq", sizes)
+        _divide("model.num_heads", m.num_heads, parts)
     extra = _axes(storage, "kv_heads", sizes)
     if extra:
         _divide("model.num_kv_heads", kv, (ways if count <= kv else {}) | extra)
@@ -352,10 +358,10 @@ def _axes(table: Table, dim: str, sizes: dict[str, int]) -> dict[str, int]:
     return {f"mesh.{axis}": sizes[axis] for axis in table.get(dim, ()) if sizes[axis] > 1}
 
 
-def _divide(name: str, value: int, factors: dict[str, int]) -> None:
-    """Refuse a value that the product of the factors does not divide, naming what would work."""
+def _divide(name: str, value: int, factors: dict[str, int], pieces: int = 1) -> None:
+    """Refuse a value that `pieces` times the product of the factors does not divide."""
     factors = {key: factor for key, factor in factors.items() if factor > 1}
-    unit = math.prod(factors.values())
+    unit = pieces * math.prod(factors.values())
     if value % unit == 0:
         return
     below = value // unit * unit
@@ -365,7 +371,8 @@ def _divide(name: str, value: int, factors: dict[str, int]) -> None:
         if value % rest == 0:
             fixes.append(f"{key}={_join(_near_divisors(value // rest, factor))}")
     raise UserError(
-        f"{name}={value} is not divisible by {_product(factors)}; nearest: {', or '.join(fixes)}"
+        f"{name}={value} is not divisible by {f'{pieces} x ' if pieces > 1 else ''}"
+        f"{_product(factors)}; nearest: {', or '.join(fixes)}"
     )
 
 

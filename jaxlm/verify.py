@@ -28,7 +28,7 @@ from jaxlm import config as cfg
 from jaxlm import optim
 from jaxlm.attention import SHORT
 from jaxlm.data.pack import FIELDS
-from jaxlm.sharding import Layout, batch_shardings
+from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import State, create_state, model_structure, open_mesh
 from jaxlm.train import loss_and_grads, make_updates
 from jaxlm.validate import validate
@@ -222,7 +222,8 @@ def make_batch(config: cfg.Config, layout: Layout, step: int) -> dict[str, np.nd
         if row % 2:  # padding
             for name in ("weights", "segments", "positions"):
                 made[name][row, cuts[-1] :] = 0
-    return made
+    order = sequence_order(layout, S)
+    return {name: array[:, order] for name, array in made.items()}
 
 
 # The small config.

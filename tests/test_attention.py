@@ -55,26 +55,27 @@ def make_inputs(mesh, layout, shape, kv_heads: int, segments: bool, dtype=jnp.fl
     return *arrays, array(heads, "heads"), place(ids, "batch seq") if segments else None
 
 
-def forward_and_gradients(attend, inputs, layout, softcap: float):
+def forward_and_gradients(attend, inputs, layout, softcap: float, window: int = 0):
     """Output, dq, dk, dv as numpy arrays."""
     q, k, v, cotangent, ids = inputs
 
     @jax.jit
     def run(q, k, v, cotangent, ids):
-        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ids, layout, softcap), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ids, layout, softcap, window), q, k, v)
         return out, *pull(cotangent)
 
     return [np.asarray(x, np.float64) for x in run(q, k, v, cotangent, ids)]
 
 
-def oracle(inputs, softcap: float) -> np.ndarray:
+def oracle(inputs, softcap: float, window: int = 0) -> np.ndarray:
     """softmax(q k / sqrt(C)) v in numpy float64."""
     q_BSHC, k_BTKC, v_BTKC = (np.asarray(x, np.float64) for x in inputs[:3])
     groups, length = q_BSHC.shape[2] // k_BTKC.shape[2], q_BSHC.shape[1]
     k_BTHC, v_BTHC = (np.repeat(x, groups, axis=2) for x in (k_BTKC, v_BTKC))
     scores = np.einsum("bshc,bthc->bhst", q_BSHC, k_BTHC) / q_BSHC.shape[-1] ** 0.5
     scores = softcap * np.tanh(scores / softcap) if softcap else scores
-    mask = np.tri(length, dtype=bool)[None]
+    mask = np.tri(length, dtype=bool) & (np.tri(length, k=-window) == 0 if window else True)
+    mask = mask[None]
     if inputs[4] is not None:
         ids = np.asarray(inputs[4])
         mask = mask & (ids[:, :, None] == ids[:, None, :])
@@ -84,28 +85,30 @@ def oracle(inputs, softcap: float) -> np.ndarray:
     return np.einsum("bhst,bthc->bshc", weights, v_BTHC)
 
 
-CASES = {  # heads, kv_heads, width, length, segments, softcap, mesh
-    "plain": (2, 2, 64, 128, False, 0.0, []),
-    "segments": (2, 2, 64, 256, True, 0.0, []),
-    "grouped heads": (4, 2, 64, 128, True, 0.0, []),
-    "one kv head": (4, 1, 64, 128, False, 0.0, []),
-    "softcap": (2, 1, 128, 128, True, 2.0, []),
-    "data x tensor": (4, 2, 64, 128, True, 0.0, ["mesh.data=2", "mesh.tensor=2"]),
-    "2 kv heads on tensor=4": (4, 2, 64, 128, True, 2.0, ["mesh.tensor=4"]),
+CASES = {  # heads, kv_heads, width, length, segments, softcap, window, mesh
+    "plain": (2, 2, 64, 128, False, 0.0, 0, []),
+    "segments": (2, 2, 64, 256, True, 0.0, 0, []),
+    "grouped heads": (4, 2, 64, 128, True, 0.0, 0, []),
+    "one kv head": (4, 1, 64, 128, False, 0.0, 0, []),
+    "softcap": (2, 1, 128, 128, True, 2.0, 0, []),
+    "window": (2, 1, 64, 256, True, 0.0, 50, []),
+    "window of one chunk, softcap": (2, 2, 64, 128, False, 2.0, 17, []),
+    "data x tensor": (4, 2, 64, 128, True, 0.0, 0, ["mesh.data=2", "mesh.tensor=2"]),
+    "2 kv heads on tensor=4": (4, 2, 64, 128, True, 2.0, 0, ["mesh.tensor=4"]),
 }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_backend_is_exact(case, backend):
-    heads, kv_heads, width, length, segments, softcap, axes = CASES[case]
+    heads, kv_heads, width, length, segments, softcap, window, axes = CASES[case]
     mesh, layout = open_layout(heads, kv_heads, width, *axes)
     with jax.set_mesh(mesh):
         inputs = make_inputs(mesh, layout, (2, length, heads, width), kv_heads, segments)
-        got = forward_and_gradients(BACKENDS[backend], inputs, layout, softcap)
-        np.testing.assert_allclose(got[0], oracle(inputs, softcap), rtol=1e-5, atol=2e-6)
+        got = forward_and_gradients(BACKENDS[backend], inputs, layout, softcap, window)
+        np.testing.assert_allclose(got[0], oracle(inputs, softcap, window), rtol=1e-5, atol=2e-6)
         if backend != "xla":
-            expected = forward_and_gradients(xla.attend, inputs, layout, softcap)
+            expected = forward_and_gradients(xla.attend, inputs, layout, softcap, window)
             for one, other in zip(got, expected, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -162,7 +165,7 @@ def temporary_bytes(attend, length: int) -> int:
     shape = lambda count: jax.ShapeDtypeStruct((1, length, count, 8), jnp.float32)
 
     def run(q, k, v, ids):
-        loss = lambda q, k, v: jnp.sum(attend(q, k, v, ids, layout, 0.0) ** 2)
+        loss = lambda q, k, v: jnp.sum(attend(q, k, v, ids, layout, 0.0, 0) ** 2)
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
     with jax.set_mesh(mesh):
@@ -236,6 +239,26 @@ AUTO = {
 }  # fmt: skip
 
 
+SPLIT = {
+    "ring": ("v5e", [], "ring", "attention.context=ring"),
+    "plain jax": ("h100", ["attention.backend=chunked"], "ring", "mesh.context=2"),
+    "gathered": ("cpu", ["attention.context=all_gather"], "all_gather", "=all_gather"),
+    "whole on tpu": (
+        "v5e", ["attention.context=all_to_all", "batch.sequence_length=2048"], "splash", "=all_to",
+    ),
+    "whole on gpu": (
+        "h100", ["attention.context=all_to_all", "data.segments=false"], "cudnn", "=all_to_all",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_a_split_sequence_is_named(case, monkeypatch, caplog):
+    kind, overrides, backend, why = SPLIT[case]
+    got, line = choose(kind, *overrides, monkeypatch=monkeypatch, caplog=caplog, context=2)
+    assert got == backend and why in line and "mesh.context=2" in line, line
+
+
 @pytest.mark.parametrize("case", AUTO)
 def test_auto(case, monkeypatch, caplog):
     kind, overrides, backend, why = AUTO[case]
@@ -250,6 +273,9 @@ REFUSED = {
     "cudnn with segments": ("h100", ["attention.backend=cudnn"], 1, "data.segments=true"),
     "splash on a split sequence": (
         "v5e", ["attention.backend=splash", "batch.sequence_length=128"], 2, "mesh.context=2",
+    ),
+    "cudnn with a window": (
+        "h100", ["attention.backend=cudnn", "model.sliding_window=8"], 1, "sliding_window=8",
     ),
 }  # fmt: skip
 
@@ -280,7 +306,7 @@ def test_a_kernel_saves_its_residuals_under_the_name_attention():
         inputs = make_inputs(mesh, layout, (1, 128, 2, 64), 2, True)
 
         def loss(q, policy):
-            attend = lambda q: BACKENDS["splash"](q, *inputs[1:3], inputs[4], layout, 0.0)
+            attend = lambda q: BACKENDS["splash"](q, *inputs[1:3], inputs[4], layout, 0.0, 0)
             return jnp.sum(jax.checkpoint(lambda q: attend(2 * q), policy=policy)(q) ** 2)
 
         def loops(policy):  # an interpreted kernel is a loop

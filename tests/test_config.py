@@ -373,7 +373,19 @@ def test_valid(base, file, overrides, devices):
         (["mesh.data=0"], ["mesh.data=0"]),
         (["mesh.stage=2"], ["mesh.stage=2: pipeline parallelism is not built yet"]),
         (["mesh.replica=2"], ["mesh.replica=2: local SGD"]),
-        (["mesh.context=2"], ["mesh.context=2"]),
+        (
+            ["mesh.context=2", "batch.sequence_length=4102", "loss.chunks=1"],
+            ["=4102 is not divisible by 2 x mesh.context=2", "4100 or 4104"],
+        ),
+        (
+            ["mesh.context=8", "attention.context=all_to_all", "batch.sequence_length=4100"],
+            ["=4100 is not divisible by", "mesh.context=8"],
+        ),
+        (
+            ["mesh.context=16", "attention.context=all_to_all"],
+            ["model.num_heads=8 is not divisible by mesh.context=16"],
+        ),
+        (["attention.backend=cudnn", "model.sliding_window=50"], ["not given a window"]),
         (["mesh.dcn.dta=2"], ["mesh.dcn.dta", "did you mean data?"]),
         (["mesh.dcn.data=0"], ["mesh.dcn.data=0 must be at least 1"]),
         (["mesh.data=4", "mesh.dcn.data=3"], ["does not divide mesh.data=4; use 2 or 4"]),

@@ -708,6 +708,17 @@ def test_rows_are_items_on_every_layout(root, mesh, spec):
                 assert np.array_equal(np.asarray(made[name])[row], wanted[name])
 
 
+def test_an_order_moves_the_tokens_of_every_row_and_field(root, mesh):
+    split = open_split(root / "many", "train")
+    batch, order = Batch(sequences=8, sequence_length=32), np.random.default_rng(0).permutation(32)
+    sharding = NamedSharding(mesh, P("data", "context"))
+    for make in (lambda **o: batches(split, batch, 5, sharding, **o),
+                 lambda **o: evaluation_batches(split, batch, sharding, **o)):  # fmt: skip
+        plain, moved = next(make()), next(make(order=order))
+        for name in FIELDS:
+            assert np.array_equal(np.asarray(moved[name]), np.asarray(plain[name])[:, order])
+
+
 def test_shardings_may_differ_by_field(root, mesh):
     split = open_split(root / "one", "train")
     batch = Batch(sequences=4, sequence_length=16)
@@ -744,7 +755,8 @@ def test_processes_make_just_the_rows_they_hold(mesh, spec, processes):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_together_hold_the_batch(root, processes):
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_processes_together_hold_the_batch(root, processes, zigzag):
     # One mesh for each process stands for its devices: the rows it makes are those of the whole.
     from jaxlm.data import load
 
@@ -754,13 +766,17 @@ def test_processes_together_hold_the_batch(root, processes):
     mesh = jax.make_mesh((2, 4), ("data", "context"))  # 4 processes: context spans two of them
     indices = NamedSharding(mesh, P("data", "context")).devices_indices_map((8, 32))
     batch: dict[int, bytes] = {}
+    tokens_S = np.arange(32).reshape(8, 4)[[0, 7, 1, 6, 2, 5, 3, 4]].ravel() if zigzag else None
     for local in np.split(mesh.devices.flatten(), processes):
         rows_R = local_rows([indices[device] for device in local], 8)
-        made = load._make_rows(lambda place: item(packed, int(order[place])), rows_R, 8, 3)
+        made = load._make_rows(
+            lambda place: item(packed, int(order[place])), rows_R, 8, tokens_S, 3
+        )
         for device in local:
             part = load._shard(made["tokens"], rows_R, 8, indices[device])
             for row, tokens in zip(range(8)[indices[device][0]], part, strict=True):
-                wanted = item(packed, int(order[3 * 8 + row]))["tokens"][indices[device][1]]
+                wanted = item(packed, int(order[3 * 8 + row]))["tokens"]
+                wanted = (wanted[tokens_S] if zigzag else wanted)[indices[device][1]]
                 assert np.array_equal(tokens, wanted)
                 batch[row] = b""
     assert sorted(batch) == list(range(8))

@@ -32,6 +32,7 @@ MESHES = {
         4,
         ["mesh.tensor=4", "rules.cache_seq=[tensor]", "rules.cache_kv_heads=[]"],
     ),
+    "sequence split in training": (4, ["mesh.context=2", "mesh.tensor=2"]),
     "cache replicated": (4, ["mesh.fsdp=4", "rules.cache_batch=[]", "gather_at=step"]),
 }
 FAMILIES = ("llama", "gpt2")

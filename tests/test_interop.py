@@ -281,7 +281,9 @@ def test_both_spellings_of_rope(source):
     assert found[0]["rope_scaling"] == "llama3" and found[0]["rope_original_length"] == 64
 
 
-@pytest.mark.parametrize("key", ["qk_norm=true", "attention_softcap=3", "logit_softcap=3"])
+@pytest.mark.parametrize(
+    "key", ["qk_norm=true", "attention_softcap=3", "logit_softcap=3", "sliding_window=3"]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_transformers_lacks_is_not_exported(family, key, ours, tmp_path):
     model = tiny.config(family, f"model.{key}").model

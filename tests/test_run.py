@@ -85,13 +85,14 @@ def test_resumed_on_another_mesh_the_losses_agree(alone, data, tmp_path):
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
 
 
-def test_two_processes_train_the_same_run(alone, data, tmp_path):
+@pytest.mark.parametrize("mesh", [["mesh.fsdp=4"], ["mesh.context=4", "mesh.fsdp=1"]])
+def test_two_processes_train_the_same_run(mesh, alone, data, tmp_path):
     run_dir = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = [f"devices.coordinator=localhost:{port}", "devices.num_processes=2"]
-    common = ["devices.simulate=2", *COMMON[1:]]
+    common = ["devices.simulate=2", *COMMON[2:], *mesh]
     processes = [
         start(run_dir, data, *together, f"devices.process_id={i}", common=common) for i in (0, 1)
     ]
@@ -100,7 +101,7 @@ def test_two_processes_train_the_same_run(alone, data, tmp_path):
     losses, expected = tiny.losses(run_dir), tiny.losses(alone[0])
     assert losses.keys() == expected.keys()
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
-    here = ["devices.simulate=4", "mesh.fsdp=4"]
+    here = ["devices.simulate=4", *mesh]
     one_process = tiny.finish(tiny.command("eval", run_dir, "--json", *here))
     original = tiny.finish(tiny.command("eval", alone[0], "--json"))
     assert json.loads(one_process)["loss"] == pytest.approx(json.loads(original)["loss"], rel=1e-5)
@@ -228,7 +229,10 @@ BAD = {
     "unused devices": (["mesh.data=2"], "8"),
     "batch": (["mesh.data=8", "batch.sequences=12"], "batch.sequences=12"),
     "missing data": (["data.path=nowhere"], "data.path=nowhere"),
-    "sequence": (["rules.seq=[data]", "rules.batch=[]", "mesh.data=8"], "rules.seq"),
+    "sequence": (
+        ["mesh.data=1", "mesh.context=8", "batch.sequence_length=24", "loss.chunks=1"],
+        "batch.sequence_length=24 is not divisible by 2 x mesh.context=8",
+    ),
     "NUL": (["run.dir='\"a\\0b\"'".replace("'", "")], "run.dir"),
     "vocabulary": (["model.vocab_size=100"], "model.vocab_size=100"),
     "unwritable": (["run.dir=/proc/run"], "run.dir=/proc/run"),

@@ -12,7 +12,7 @@ import numpy as np
 from jaxlm import configfile
 from jaxlm.data import load, open_split
 from jaxlm.data.prepare import prepare
-from jaxlm.sharding import batch_shardings
+from jaxlm.sharding import batch_shardings, sequence_order
 from jaxlm.state import create_state
 from jaxlm.train import make_program
 
@@ -46,12 +46,14 @@ def run(config, num_devices: int, steps: int = 20):
         batches = load.batches(
             open_split(config.data.path, "train"), config.batch, config.seed,
             batch_shardings(config, layout, mesh), segments=config.data.segments,
+            order=sequence_order(layout, config.batch.sequence_length),
         )  # fmt: skip
+        natural = np.argsort(sequence_order(layout, config.batch.sequence_length))
         losses, first = [], None
         for _ in range(steps):
             batch = next(batches)
             if first is None:
-                first = {name: np.asarray(value) for name, value in batch.items()}
+                first = {name: np.asarray(value)[:, natural] for name, value in batch.items()}
             state, metrics = train_step(state, batch)
             losses.append(float(metrics["loss"]))
         assert train_step._cache_size() == 1

@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxlm import config as cfg
-from jaxlm.attention import chunked, cudnn, splash, xla
+from jaxlm.attention import chunked, cudnn, ring, splash, xla
 from jaxlm.sharding import Layout
 
 BACKENDS = {"xla": xla, "chunked": chunked, "splash": splash, "cudnn": cudnn}
 SHORT = 1024  # tokens up to which whole scores are held
 
 
-def attend(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout: Layout, softcap: float, cache=None):
+def attend(
+    q_BSHC, k_BSKC, v_BSKC, segments_BS, layout: Layout, softcap: float, window: int, cache=None
+):
     """Attention output [B, S, H, C] and the cache, which queries see up to their position."""
     if cache is not None:
         whole = chunked.attend if q_BSHC.shape[1] > SHORT else xla.attend
-        return xla.attend_cached(q_BSHC, k_BSKC, v_BSKC, layout, softcap, cache, whole)
+        return xla.attend_cached(q_BSHC, k_BSKC, v_BSKC, layout, softcap, window, cache, whole)
+    arrays, split = (q_BSHC, k_BSKC, v_BSKC, segments_BS), layout.dim_axes("seq")
+    if split and layout.attention.context != "all_to_all":  # it names what it keeps
+        return ring.attend(*arrays, layout, softcap, window), None
     backend = BACKENDS[layout.attention.backend]
-    out_BSHC = backend.attend(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, softcap)
+    if split:
+        out_BSHC = ring.attend_whole(*arrays, layout, softcap, window, backend.attend)
+    else:
+        out_BSHC = backend.attend(*arrays, layout, softcap, window)
     if backend is splash:  # it names what its own backward pass needs
         return out_BSHC, None
     return checkpoint_name(out_BSHC, "attention"), None
@@ -34,7 +41,12 @@ def attend(q_BSHC, k_BSKC, v_BSKC, segments_BS, layout: Layout, softcap: float, 
 
 def choose(config: cfg.Config, mesh: Mesh) -> cfg.Attention:
     """Resolve `auto` from the mesh's devices, and say why; refuse what cannot run there."""
-    backend = config.attention.backend
+    backend, context = config.attention.backend, config.attention.context
+    split, names = _split(config, mesh), ("xla", "chunked")
+    if split and context != "all_to_all" and backend in ("auto", *names):
+        why = f"{split} split the sequence, by attention.context={context}"
+        logging.getLogger("jaxlm").info("attention: %s (%s)", context, why)
+        return dataclasses.replace(config.attention, backend=context)
     if backend == "auto":
         backend, why = _auto(config, mesh)
     else:
@@ -45,6 +57,8 @@ def choose(config: cfg.Config, mesh: Mesh) -> cfg.Attention:
                 f"attention.backend={backend}: {problem}; use attention.backend=auto"
                 + "".join(f" or {name}" for name in works)
             )
+    if split:
+        why += f"; {split} split the sequence, by attention.context={context}"
     logging.getLogger("jaxlm").info("attention: %s (%s)", backend, why)
     return dataclasses.replace(config.attention, backend=backend)
 
@@ -53,11 +67,18 @@ def obstacle(backend: str, config: cfg.Config, mesh: Mesh) -> str:
     """Why a backend cannot run this config on this mesh; empty if it can."""
     if backend in ("xla", "chunked"):
         return ""
-    axes = (cfg.RULES | config.rules)["seq"]
-    if math.prod(mesh.shape[axis] for axis in axes) > 1:
-        split = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
-        return f"it needs whole sequences and they are split ({split})"
+    split = _split(config, mesh)
+    if split and config.attention.context != "all_to_all":
+        return f"it needs whole sequences and they are split ({split}) by attention.context=" + (
+            f"{config.attention.context}, not all_to_all"
+        )
     return BACKENDS[backend].obstacle(config, mesh)
+
+
+def _split(config: cfg.Config, mesh: Mesh) -> str:
+    """The axes that split the sequence, in words; empty if it is whole."""
+    axes = (cfg.RULES | config.rules)["seq"]
+    return " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
 
 
 def _auto(config: cfg.Config, mesh: Mesh) -> tuple[str, str]:

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.attention.xla import masked_attention
+from jaxlm.attention.xla import masked_attention, visible
 from jaxlm.sharding import Layout, wide
 
-SPANS = 4  # runs of chunks, each with the keys up to its end: 5/8 of the work of all keys
+SPANS = 4  # runs of chunks, each with the keys up to its end (5/8 of all keys), from its window on
 
 
-def attend(q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float) -> jax.Array:
+def attend(
+    q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float, window: int
+) -> jax.Array:
     """As xla.attend, one chunk of queries at a time (Rabe and Staats, arXiv:2112.05682)."""
     length, dtype = q_BSHC.shape[1], k_BTKC.dtype
     count = -(-length // layout.attention.chunk)
@@ -28,19 +30,22 @@ def attend(q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float) 
     # `wide` here is the type in which the gradients of all chunks are summed.
     k_BTKC, v_BTKC = k_BTKC.astype(wide(dtype)), v_BTKC.astype(wide(dtype))
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(q_BsHC, ids_Bs, start, k_BtKC, v_BtKC):
-        queries_s, keys_t = start + jnp.arange(size), jnp.arange(k_BtKC.shape[1])
-        mask_Bst = (queries_s[:, None] >= keys_t[None, :])[None]
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=5)
+    def one(q_BsHC, ids_Bs, start, k_BtKC, v_BtKC, low):
+        queries_s, keys_t = start + jnp.arange(size), low + jnp.arange(k_BtKC.shape[1])
+        mask_Bst = visible(queries_s, keys_t, window)[None]
         if segments_BS is not None:
-            mask_Bst = mask_Bst & (ids_Bs[:, :, None] == segments_BS[:, None, : keys_t.size])
+            mask_Bst = mask_Bst & (
+                ids_Bs[:, :, None] == segments_BS[:, None, low : low + keys_t.size]
+            )
         k_BtKC, v_BtKC = k_BtKC.astype(dtype), v_BtKC.astype(dtype)
         return masked_attention(q_BsHC, k_BtKC, v_BtKC, mask_Bst, layout, softcap)
 
     outs = []
     bounds = [count * i // SPANS for i in range(SPANS + 1)]
     for first, last in zip(bounds, bounds[1:], strict=False):
-        keys = (k_BTKC[:, : last * size], v_BTKC[:, : last * size])
+        low = max(0, first * size - window + 1) if window else 0
+        keys = (k_BTKC[:, low : last * size], v_BTKC[:, low : last * size], low)
         step = lambda _, chunk, keys=keys: (None, one(*chunk, *keys))
         starts = size * jnp.arange(first, last)
         ids = None if ids_NBs is None else ids_NBs[first:last]

@@ -30,6 +30,8 @@ def obstacle(config: cfg.Config, mesh: Mesh) -> str:
         return f"model.head_dim={width} is not a multiple of 8 up to {limit}"
     if config.model.attention_softcap:
         return f"it has no model.attention_softcap={config.model.attention_softcap}"
+    if config.model.sliding_window:
+        return f"it has no model.sliding_window={config.model.sliding_window}"
     if config.data.segments:
         return "data.segments=true would take a dense [sequence, sequence] mask"
     if not _is_here(device) and not _has_library():
@@ -37,9 +39,11 @@ def obstacle(config: cfg.Config, mesh: Mesh) -> str:
     return ""
 
 
-def attend(q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float) -> jax.Array:
+def attend(
+    q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float, window: int
+) -> jax.Array:
     """As xla.attend, every device on its own rows and heads."""
-    assert segments_BS is None and not softcap
+    assert segments_BS is None and not softcap and not window
     if layout.dim_axes("kv_heads") != layout.dim_axes("heads"):
         heads = q_BSHC.shape[2]
         k_BTKC, v_BTKC = (repeat_heads(x, heads, layout) for x in (k_BTKC, v_BTKC))

@@ -36,17 +36,22 @@ def obstacle(config: cfg.Config, mesh: Mesh) -> str:
 
 
 def attend(
-    q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float, interpret: bool = False
-) -> jax.Array:
+    q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float, window: int,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
     """As xla.attend, every device on its own rows and heads; `interpret` runs it on CPU."""
     batch, length, heads, width = q_BSHC.shape
     if layout.dim_axes("kv_heads") != layout.dim_axes("heads"):
         k_BTKC, v_BTKC = (repeat_heads(x, heads, layout) for x in (k_BTKC, v_BTKC))
     q_BSHC = q_BSHC * width**-0.5  # the kernel does not scale
 
+    mask = masks.CausalMask((length, length))
+    if window:
+        mask = masks.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
+
     def local(q_BSHC, k_BTKC, v_BTKC, *segments):  # local shards below
         attention = kernel.make_splash_mha(
-            masks.MultiHeadMask([masks.CausalMask((length, length))] * q_BSHC.shape[2]),
+            masks.MultiHeadMask([mask] * q_BSHC.shape[2]),
             block_sizes=block_sizes(length, width * q_BSHC.dtype.itemsize),
             head_shards=1, q_seq_shards=1,
             attn_logits_soft_cap=softcap or None, residual_checkpoint_name="attention",

@@ -14,11 +14,15 @@ from jaxlm.sharding import Layout, wide_einsum
 CACHE = "cache_batch cache_seq cache_kv_heads head_dim"  # keys and values of a layer
 
 
-def attend(q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float) -> jax.Array:
-    """Causal attention; a query sees keys of its own segment at or before it."""
-    length = q_BSHC.shape[1]
-    mask = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
-    mask_BST = mask[None]
+def attend(
+    q_BSHC, k_BTKC, v_BTKC, segments_BS, layout: Layout, softcap: float, window: int
+) -> jax.Array:
+    """Causal attention; a query sees keys of its own segment at or before it.
+
+    With a window it sees that many at most, itself included (arXiv:2310.06825, section 2).
+    """
+    places = jnp.arange(q_BSHC.shape[1])
+    mask_BST = visible(places, places, window)[None]
     if segments_BS is not None:
         mask_BST = mask_BST & (segments_BS[:, :, None] == segments_BS[:, None, :])
     return masked_attention(q_BSHC, k_BTKC, v_BTKC, mask_BST, layout, softcap)
@@ -37,6 +41,12 @@ def masked_attention(q_BSHC, k_BTKC, v_BTKC, mask_BST, layout: Layout, softcap: 
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(v_BTKC.dtype)
     out_BSKGC = jnp.einsum("bkgst,btkc->bskgc", weights_BKGST, v_BTKC)
     return jnp.reshape(out_BSKGC, q_BSHC.shape, out_sharding=jax.typeof(q_BSHC).sharding.spec)
+
+
+def visible(queries_S, keys_T, window: int) -> jax.Array:
+    """Which keys [S, T] each query sees, by their places in the row; window 0: all before it."""
+    mask_ST = queries_S[:, None] >= keys_T[None, :]
+    return mask_ST & (keys_T[None, :] > queries_S[:, None] - window) if window else mask_ST
 
 
 def group_heads(q_BSHC, k_BTKC, v_BTKC, layout: Layout):
@@ -64,7 +74,9 @@ def repeat_heads(x_BTKC, heads: int, layout: Layout) -> jax.Array:
     return jax.sharding.reshard(wide, P(b, t, layout.spec("heads")[0], c))
 
 
-def attend_cached(q_BSHC, k_BSKC, v_BSKC, layout: Layout, softcap: float, cache, whole):
+def attend_cached(
+    q_BSHC, k_BSKC, v_BSKC, layout: Layout, softcap: float, window: int, cache, whole
+):
     """Write keys and values into the cache, then attend to everything up to each query.
 
     `cache` is (k_BTKC, v_BTKC, positions_BS). One token per row is a step of decoding, each row at
@@ -76,7 +88,7 @@ def attend_cached(q_BSHC, k_BSKC, v_BSKC, layout: Layout, softcap: float, cache,
     if length > 1:
         pad = [(0, 0), (0, slots - length), (0, 0), (0, 0)]
         k_BTKC, v_BTKC = (layout.move(jnp.pad(x, pad), CACHE) for x in (k_BSKC, v_BSKC))
-        out_BSHC = whole(q_BSHC, k_BSKC, v_BSKC, None, layout, softcap)
+        out_BSHC = whole(q_BSHC, k_BSKC, v_BSKC, None, layout, softcap, window)
         return out_BSHC, (k_BTKC, v_BTKC)
     slots_T = jnp.arange(slots)
     here_BT = slots_T == layout.move(positions_BS, "cache_batch _")
@@ -85,4 +97,6 @@ def attend_cached(q_BSHC, k_BSKC, v_BSKC, layout: Layout, softcap: float, cache,
     k_BTKC, v_BTKC = kept = write(k_BSKC, old[0]), write(v_BSKC, old[1])
     k_BTKC, v_BTKC = (layout.move(x, "batch _ kv_heads head_dim") for x in kept)
     mask_BST = slots_T <= positions_BS[:, :, None]
+    if window:
+        mask_BST &= slots_T > positions_BS[:, :, None] - window
     return masked_attention(q_BSHC, k_BTKC, v_BTKC, mask_BST, layout, softcap), kept

@@ -46,19 +46,23 @@ def batches(
     sharding: Shardings,
     start_step: int = 0,
     *,
+    order: np.ndarray | None = None,
     segments: bool = True,
     prefetch: int = 4,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Training batches from start_step on, for ever, made ahead by two threads."""
+    """Training batches from start_step on, for ever, made ahead by two threads.
+
+    `order` is the order of tokens within every row (sharding.sequence_order); None: as they are.
+    """
     packed = pack(split, batch.sequence_length, seed, segments)
-    order = item_order(packed.num_items, seed)
+    items = item_order(packed.num_items, seed)
 
     def make(place: int) -> Item:
-        index = order[place]
+        index = items[place]
         assert index is not None  # only a filter would make it so
         return item(packed, int(index))
 
-    return _iterate(make, batch, sharding, start_step, MAX_STEPS, prefetch)
+    return _iterate(make, batch, sharding, order, start_step, MAX_STEPS, prefetch)
 
 
 def evaluation_batches(
@@ -67,6 +71,7 @@ def evaluation_batches(
     sharding: Shardings,
     limit: int = 0,  # batches; 0: the whole split
     *,
+    order: np.ndarray | None = None,
     segments: bool = True,
     prefetch: int = 4,
 ) -> Iterator[dict[str, jax.Array]]:
@@ -74,7 +79,7 @@ def evaluation_batches(
     packed = evaluation_items(split, batch.sequence_length, segments)
     stop = -(-packed.num_items // batch.sequences)
     make = functools.partial(_item_or_padding, packed)
-    return _iterate(make, batch, sharding, 0, min(stop, limit or stop), prefetch)
+    return _iterate(make, batch, sharding, order, 0, min(stop, limit or stop), prefetch)
 
 
 def _item_or_padding(packed: Packed, place: int) -> Item:
@@ -86,6 +91,7 @@ def _iterate(
     make: Callable[[int], Item],
     batch: Batch,
     sharding: Shardings,
+    order: np.ndarray | None,
     start: int,
     stop: int,
     prefetch: int,
@@ -95,7 +101,7 @@ def _iterate(
     shardings = dict(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(FIELDS, sharding)
     maps = [each.addressable_devices_indices_map(shape) for each in shardings.values()]
     rows_R = local_rows([index for each in maps for index in each.values() if index], shape[0])
-    make_rows = functools.partial(_make_rows, make, rows_R, batch.sequences)
+    make_rows = functools.partial(_make_rows, make, rows_R, batch.sequences, order)
     options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
     steps = grain.MapDataset.range(start, stop).map(make_rows).to_iter_dataset(options)
     iterator = iter(steps)
@@ -104,11 +110,16 @@ def _iterate(
 
 
 def _make_rows(
-    make: Callable[[int], Item], rows_R: np.ndarray, num_rows: int, step: int
+    make: Callable[[int], Item],
+    rows_R: np.ndarray,
+    num_rows: int,
+    order: np.ndarray | None,
+    step: int,
 ) -> dict[str, np.ndarray]:
-    """Stack the rows of a step that this process holds."""
+    """Stack the rows of a step that this process holds, their tokens in this order."""
     items = [make(int(step) * num_rows + int(row)) for row in rows_R]
-    return {name: np.stack([each[name] for each in items]) for name in FIELDS}
+    tokens = slice(None) if order is None else order
+    return {name: np.stack([each[name] for each in items])[:, tokens] for name in FIELDS}
 
 
 def _place(

@@ -55,7 +55,7 @@ class Block(nnx.Module):
         std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
         D, H, C, F = c.embed_dim, c.num_heads, c.head_dim, c.mlp_dim
         bias = lambda *shape_dims: layout.param(constant(0.0), *shape_dims) if c.biases else None
-        self.softcap = c.attention_softcap
+        self.softcap, self.window = c.attention_softcap, c.sliding_window
         self.attention_norm = LayerNorm(c, layout)
         self.qkv = layout.param(normal(keys[0], std), (3, D, H, C), "parts embed heads head_dim")
         self.qkv_bias = bias((3, H, C), "parts heads head_dim")
@@ -81,7 +81,7 @@ class Block(nnx.Module):
         q_BSHC = checkpoint_name(q_BSHC, "query")
         k_BSHC, v_BSHC = checkpoint_name(k_BSHC, "key"), checkpoint_name(v_BSHC, "value")
         a_BSHC, cache = attention.attend(
-            q_BSHC, k_BSHC, v_BSHC, segments_BS, layout, self.softcap, cache
+            q_BSHC, k_BSHC, v_BSHC, segments_BS, layout, self.softcap, self.window, cache
         )
         y_BSD = s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _")
         x_BSD += add("bs,d->bsd", y_BSD, self.o_bias)
@@ -155,7 +155,7 @@ def to_hugging_face(config: Config, max_positions: int = 0) -> dict:
     Hugging Face's GPT-2 always has biases: with biases=false they are exported as zeros, which is
     the same function, and come back as a model with biases=true.
     """
-    for key in ("qk_norm", "attention_softcap", "logit_softcap"):
+    for key in ("qk_norm", "attention_softcap", "logit_softcap", "sliding_window"):
         if getattr(config, key):
             raise cfg.UserError(f"model.{key}: Hugging Face's GPT-2 has no such thing")
     c = config

@@ -107,7 +107,7 @@ class SelfAttention(nnx.Module):
         c = config
         std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
         D, H, K, C = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        self.softcap = c.attention_softcap
+        self.softcap, self.window = c.attention_softcap, c.sliding_window
         self.q = layout.param(normal(keys[0], std), (D, H, C), "embed heads head_dim")
         self.k = layout.param(normal(keys[1], std), (D, K, C), "embed kv_heads head_dim")
         self.v = layout.param(normal(keys[2], std), (D, K, C), "embed kv_heads head_dim")
@@ -128,7 +128,7 @@ class SelfAttention(nnx.Module):
         k_BSKC = checkpoint_name(rotate(k_BSKC, table), "key")
         v_BSKC = checkpoint_name(v_BSKC, "value")
         a_BSHC, cache = attention.attend(
-            q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, self.softcap, cache
+            q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, self.softcap, self.window, cache
         )
         return s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _"), cache
 

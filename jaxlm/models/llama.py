@@ -170,7 +170,7 @@ def _rope_from_hugging_face(hf: dict) -> dict:
 
 def to_hugging_face(config: Config, max_positions: int = 2048) -> dict:
     """The config.json that transformers 4 and 5 read; `max_positions` is what it promises."""
-    for key in ("qk_norm", "attention_softcap", "logit_softcap"):
+    for key in ("qk_norm", "attention_softcap", "logit_softcap", "sliding_window"):
         if getattr(config, key):
             raise cfg.UserError(f"model.{key}: Hugging Face's Llama has no such thing")
     c, rope = config, None
