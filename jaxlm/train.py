@@ -19,7 +19,8 @@ from jaxlm import checkpoint, configfile, data, devices, evaluate, generate, met
 from jaxlm import config as cfg
 from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
-from jaxlm.loss import batch_losses, split_batch
+from jaxlm.loss import batch_losses, split_batch, sum_losses
+from jaxlm.parallel import pipeline
 from jaxlm.sharding import Layout, batch_shardings, wide
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
 
@@ -92,7 +93,9 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
         return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (aux, grads)), None
 
     count = config.batch.microbatches
-    if count == 1:
+    if layout.size("layers") > 1:
+        aux, grads = pipeline.accumulate(config, structure, params, fixed, batch, layout)
+    elif count == 1:
         (_, aux), grads = grad_fn(params, fixed, batch)
     else:
         parts = split_batch(batch, count)
@@ -110,12 +113,7 @@ def loss_sums(config: cfg.Config, structure: Structure, layout: Layout, params, 
     """The sum to differentiate (cross-entropy and z-loss), and its parts."""
     model = structure.merge(params, fixed)
     nll_BS, z_BS, aux = batch_losses(config, model, batch, layout)
-    sums = {
-        "loss": jnp.sum(nll_BS * batch["weights"]),
-        "weight": jnp.sum(batch["weights"]),
-        "z_loss": config.loss.z_loss * jnp.sum(z_BS * batch["weights"]),
-        **aux,
-    }
+    sums = {**sum_losses(config, nll_BS, z_BS, batch["weights"]), **aux}
     return sums["loss"] + sums["z_loss"], sums
 
 
