@@ -243,9 +243,12 @@ def _show(args) -> None:
 def _check(args) -> None:
     config = _start(args, args.config)
     from jaxlm import state
+    from jaxlm.parallel import pipeline
 
-    mesh, _ = state.open_mesh(config)
+    mesh, layout = state.open_mesh(config)
     print(f"{args.config}: fits on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    if layout.size("layers") > 1:
+        print(pipeline.describe(config, layout.size("layers")))
 
 
 def _verify(args) -> int:

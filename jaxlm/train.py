@@ -178,6 +178,8 @@ def train(config: cfg.Config) -> None:
 
         with metrics.open_log(config, structure, mesh, run_dir, start) as log:
             logger.info("%s", metrics.describe_run(config, mesh, layout, structure, start))
+            if layout.size("layers") > 1:
+                logger.info("%s", pipeline.describe(config, layout.size("layers")))
             if config.optimizer.warmup_steps >= config.steps:
                 logger.info("the run ends within its warm-up (optimizer.warmup_steps)")
             previous = None

@@ -142,7 +142,7 @@ def losses_of_rows(config, structure: Structure, params: Arrays, fixed: Arrays, 
 
     def tick(x_ring, t):
         item = schedule.forward(t, run.stage())
-        x_ZBSD = run.enter(x_ring, item, {}, parts)
+        x_ZBSD = run.enter(x_ring, t, {}, parts)
         y_ZBSD = run.forward(layers, frozen, x_ZBSD, item, parts)
         end = schedule.forward(t, last)
         part = {name: x[end.microbatch] for name, x in parts.items()}
@@ -233,10 +233,10 @@ class _Run:
         """The embedding of a microbatch, [B, S, D]."""
         return self.merge(tables).embed_tokens(part["tokens"], part["positions"], self.layout)
 
-    def enter(self, ring: jax.Array, item: Item, outer: Arrays, parts: Arrays) -> jax.Array:
+    def enter(self, ring: jax.Array, t, outer: Arrays, parts: Arrays) -> jax.Array:
         """Inputs of the forward [Z, B, S, D]: stage 0 takes the embedding, and comes round to
         itself. So does a stage that nothing has reached yet, since zeros may have no norm."""
-        first = Item(*(field[0] for field in map(_whole, item)))
+        item, first = self.schedule.forward(t, self.stage()), self.schedule.forward(t, 0)
         part = {name: x[first.microbatch] for name, x in parts.items()}
         new = functools.partial(self.embed, outer, part)
         if self.schedule.repeats == 1:
@@ -323,7 +323,7 @@ def _tick(run: _Run, layers, frozen, outer, parts, phase: tuple[bool, bool], car
     schedule, y_ZBSD = run.schedule, None
     if forward:
         item = schedule.forward(t, run.stage())
-        x_ZBSD = run.enter(carry.x, item, outer, parts)
+        x_ZBSD = run.enter(carry.x, t, outer, parts)
         saved = jax.lax.dynamic_update_index_in_dim(carry.saved, x_ZBSD, t % schedule.slots, 1)
         y_ZBSD = run.forward(layers, frozen, x_ZBSD, item, parts)
         carry = carry._replace(saved=saved, x=run.shift(y_ZBSD, 1))
