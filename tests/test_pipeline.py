@@ -41,7 +41,9 @@ def open_run(config, num_devices):
         state = create_state(config, program.layout, program.optimizer, program.mesh)
         split = open_split(config.data.path, "train")
         shardings = batch_shardings(config, program.layout, program.mesh)
-        batches = list(zip(range(10), load.batches(split, config.batch, 0, shardings)))
+        batches = list(
+            zip(range(10), load.batches(split, config.batch, 0, shardings), strict=False)
+        )
     batches = [uneven(batch, i) for i, batch in batches]
     return program, state, batches
 
@@ -273,7 +275,7 @@ def test_messages_of_a_pipeline(data):
             axes = compiler.mesh_axes(one.groups, layout)
             if one.kind == "collective-permute":
                 assert axes == ("stage",) and one.loops <= 1
-            if "data" in axes:
+            if "data" in axes and len(one.shapes) > one.scalars:
                 assert one.loops == 0, one
             assert one.kind not in ("all-gather", "all-to-all"), one
         permutes = [one for one in rows if one.kind == "collective-permute"]
