@@ -267,20 +267,20 @@ def test_messages_of_a_pipeline(data):
     found = {}
     for count in (2, 4):
         _, layout, compiled = compiled_step(
-            data, 4, "mesh.stage=2", "mesh.data=2", f"batch.microbatches={count}"
-        )
+            data, 8, "mesh.stage=4", "mesh.data=2", f"batch.microbatches={count}",
+            f"batch.sequences={2 * count}",
+        )  # fmt: skip
         rows = compiler.collectives(compiled.as_text())
-        found[count] = [(c.kind, compiler.mesh_axes(c.groups, layout), c.shapes) for c in rows]
-        for one in rows:
-            axes = compiler.mesh_axes(one.groups, layout)
-            if one.kind == "collective-permute":
-                assert axes == ("stage",) and one.loops <= 1
-            if "data" in axes and len(one.shapes) > one.scalars:
-                assert one.loops == 0, one
-            assert one.kind not in ("all-gather", "all-to-all"), one
+        place = lambda one: (one.kind, compiler.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
+        found[count] = sorted((*place(one), one.shapes) for one in rows)
         permutes = [one for one in rows if one.kind == "collective-permute"]
         # Forward only: 1; both: 2; backward only: 1.
         assert sum(len(one.shapes) for one in permutes) == 4
+        assert {place(one)[1:] for one in permutes} == {(("stage",), 1)}
+        for one in rows:
+            assert one.kind not in ("all-gather", "all-to-all"), one
+            if "data" in place(one)[1] and len(one.shapes) > one.scalars:
+                assert one.loops == 0, one
     assert found[2] == found[4]
 
 
