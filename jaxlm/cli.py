@@ -246,12 +246,15 @@ def _check(args) -> None:
 
     from jaxlm import lint
     from jaxlm.compile import target_devices
+    from jaxlm.parallel import pipeline
     from jaxlm.state import model_structure, open_mesh
 
     found = target_devices(args.target) if args.target else None
     config = _start(args, args.config)
     mesh, layout = open_mesh(config, found)
     print(f"{args.config}: fits on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    if layout.size("layers") > 1:
+        print(pipeline.describe(config, layout.size("layers")))
     with jax.set_mesh(mesh):
         structure = model_structure(config.model, layout)
     for line in lint.warnings(config, mesh, layout, structure):

@@ -208,6 +208,16 @@ class Batch:
 
 
 @section
+class Pipeline:
+    """The schedule of the pipeline: one forward, one backward (mesh.stage, batch.microbatches)."""
+
+    repeats: int = key(
+        1, "chunks of layers that each stage has; above 1 the bubble is smaller by this factor, "
+        "and more is sent (interleaved schedule)", minimum=1, changes="recompiles",
+    )  # fmt: skip
+
+
+@section
 class Precision:
     """Parameters and optimizer state are always float32."""
 
@@ -394,6 +404,7 @@ class Config:
     model: Model = key(REQUIRED, "the model")
     attention: Attention = key(Attention, "attention kernel")
     batch: Batch = key(REQUIRED, "the global batch")
+    pipeline: Pipeline = key(Pipeline, "pipeline schedule")
     precision: Precision = key(Precision, "number formats")
     remat: Remat = key(Remat, "rematerialisation")
     loss: Loss = key(Loss, "the loss")

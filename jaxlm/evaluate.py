@@ -19,6 +19,7 @@ from jaxlm import devices, run
 from jaxlm.data import Split, check_vocab, load_tokenizer, open_split
 from jaxlm.data.load import evaluation_batches
 from jaxlm.loss import batch_losses, split_batch
+from jaxlm.parallel import pipeline
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import Arrays, Structure
 
@@ -30,6 +31,9 @@ def make_eval_step(config: cfg.Config, structure: Structure, layout: Layout, opt
     """
 
     def eval_step(params: Arrays, fixed: Arrays, batch: Arrays):
+        if layout.size("layers") > 1:
+            rows = pipeline.losses_of_rows(config, structure, params, fixed, batch, layout)
+            return tuple(reshard(row_MB, P(None, None)) for row_MB in rows)
         model = structure.merge(params, fixed)
 
         def part(_, batch: Arrays):

@@ -82,6 +82,9 @@ def generate_tokens(
     if not prompts:
         return []
     layout = layout.replace(seq=(), residual_seq=())  # a single token cannot be split
+    if layout.size("layers") > 1:
+        layout = spread_layers(layout)
+        params = respread(params, structure, layout)
     prompts_BS, lengths_B = pad(prompts, math.lcm(layout.size("batch"), layout.size("cache_batch")))
     place = lambda array, dims: jax.make_array_from_callback(
         array.shape, NamedSharding(mesh, layout.spec(dims)), lambda index: array[index]
@@ -94,6 +97,21 @@ def generate_tokens(
         )  # fmt: skip
         rows = np.asarray(out_BN)[: len(prompts)]
     return [row[row != NOTHING].tolist() for row in rows]
+
+
+def spread_layers(layout: Layout) -> Layout:
+    """The layout in which every stage has a part of every layer, gathered like that of fsdp."""
+    storage = dict(layout.storage)
+    storage["embed"] = (*storage.get("embed", ()), "stage")
+    return dataclasses.replace(layout.replace(layers=()), storage=tuple(storage.items()))
+
+
+def respread(params: Arrays, structure: Structure, layout: Layout) -> Arrays:
+    """The weights of the layers, moved to where `layout` has them at rest."""
+    stacked = {name: a for name, a in params.items() if "layers" in structure.dims[name].split()}
+    specs = {name: layout.stored(structure.dims[name]) for name in stacked}
+    move = jax.jit(lambda arrays: {name: reshard(a, specs[name]) for name, a in arrays.items()})
+    return params | move(stacked)
 
 
 def check_sampling(model: cfg.Model, sampling: Sampling, seed: int) -> None:

@@ -29,6 +29,15 @@ def split_batch(batch: dict, count: int) -> dict:
     return jax.tree.map(one, batch)
 
 
+def sum_losses(config: cfg.Config, nll_BS, z_BS, weights_BS) -> dict:
+    """Sums over a batch, of the losses of its tokens."""
+    return {
+        "loss": jnp.sum(nll_BS * weights_BS),
+        "weight": jnp.sum(weights_BS),
+        "z_loss": config.loss.z_loss * jnp.sum(z_BS * weights_BS),
+    }
+
+
 def batch_losses(config: cfg.Config, model: Decoder, batch: dict, layout: Layout):
     """-log p(target), log(Z)^2 of every token, float32 [B, S], and the aux of the forward pass."""
     hidden_BSD, _, aux = model(batch["tokens"], batch["positions"], batch.get("segments"), layout)

@@ -141,7 +141,7 @@ class Layout:
         source = jax.typeof(value)
         if source.sharding.spec == target:
             return value.astype(dtype)
-        home = P(*_partitions(source.sharding.spec), unreduced=source.sharding.spec.reduced)
+        home = P(*partitions(source.sharding.spec), unreduced=source.sharding.spec.reduced)
         return _gather(value, dtype, jnp.dtype(self.reduce), target, home)
 
     def summed(self, over: str, spec: PartitionSpec) -> frozenset[str]:
@@ -156,7 +156,7 @@ class Layout:
         terms, result = equation.split("->")
         places = {}
         for term, array in zip(terms.split(","), (x, w), strict=True):
-            places |= dict(zip(term, _partitions(jax.typeof(array).sharding.spec), strict=True))
+            places |= dict(zip(term, partitions(jax.typeof(array).sharding.spec), strict=True))
         contracted = [places[letter] for letter in places if letter not in result]
         partial = frozenset(axis for entry in contracted for axis in _axes(entry))
         local = P(*(places[letter] for letter in result), unreduced=partial)
@@ -171,7 +171,7 @@ class Layout:
         """x + bias as "bs,d->bsd": an outer product with ones, so that its gradient can wait."""
         ones_term, result = equation.split(",")[0], equation.split("->")[1]
         sizes = dict(zip(result, x.shape, strict=True))
-        places = dict(zip(result, _partitions(jax.typeof(x).sharding.spec), strict=True))
+        places = dict(zip(result, partitions(jax.typeof(x).sharding.spec), strict=True))
         spec = P(*(places[letter] for letter in ones_term))
         ones = jnp.ones([sizes[letter] for letter in ones_term], x.dtype, out_sharding=spec)
         # The transpose of `1.0 *` pins the sharding of a cotangent that comes straight from a
@@ -216,7 +216,7 @@ def _take_forward(table, index, out, kind):
 
 
 def _take_backward(out, kind, index, grad):
-    vocab = _axes(_partitions(kind.sharding.spec)[0])
+    vocab = _axes(partitions(kind.sharding.spec)[0])
     rows = kind.sharding.shard_shape(kind.shape)[0]
 
     def scatter(index, grad):  # local shards below
@@ -227,8 +227,8 @@ def _take_backward(out, kind, index, grad):
 
     # Mapped, because the partitioner gets an unreduced scatter wrong where a mesh axis of neither
     # the batch nor the vocabulary comes before theirs.
-    entries, home = _partitions(out), kind.sharding.spec
-    spec = P(*_partitions(home), unreduced=home.reduced)
+    entries, home = partitions(out), kind.sharding.spec
+    spec = P(*partitions(home), unreduced=home.reduced)
     mapped = jax.shard_map(
         scatter, in_specs=(P(*entries[:-1]), out), out_specs=spec, check_vma=False
     )
@@ -273,7 +273,7 @@ def _axes(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _partitions(spec: PartitionSpec) -> tuple:
+def partitions(spec: PartitionSpec) -> tuple:
     """The per-dimension entries of a spec, without its reduced and unreduced sets."""
     return tuple(getattr(spec, "partitions", None) or getattr(spec, "_partitions", ()))
 

@@ -30,7 +30,8 @@ from jaxlm import (
 from jaxlm import config as cfg
 from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
-from jaxlm.loss import batch_losses, split_batch
+from jaxlm.loss import batch_losses, split_batch, sum_losses
+from jaxlm.parallel import pipeline
 from jaxlm.sharding import Layout, batch_shardings, sequence_order, wide
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
 
@@ -103,7 +104,9 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
         return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (aux, grads)), None
 
     count = config.batch.microbatches
-    if count == 1:
+    if layout.size("layers") > 1:
+        aux, grads = pipeline.accumulate(config, structure, params, fixed, batch, layout)
+    elif count == 1:
         (_, aux), grads = grad_fn(params, fixed, batch)
     else:
         parts = split_batch(batch, count)
@@ -121,12 +124,7 @@ def loss_sums(config: cfg.Config, structure: Structure, layout: Layout, params, 
     """The sum to differentiate (cross-entropy and z-loss), and its parts."""
     model = structure.merge(params, fixed)
     nll_BS, z_BS, aux = batch_losses(config, model, batch, layout)
-    sums = {
-        "loss": jnp.sum(nll_BS * batch["weights"]),
-        "weight": jnp.sum(batch["weights"]),
-        "z_loss": config.loss.z_loss * jnp.sum(z_BS * batch["weights"]),
-        **aux,
-    }
+    sums = {**sum_losses(config, nll_BS, z_BS, batch["weights"]), **aux}
     return sums["loss"] + sums["z_loss"], sums
 
 
@@ -192,6 +190,8 @@ def train(config: cfg.Config) -> None:
 
         with metrics.open_log(config, structure, mesh, run_dir, start) as log:
             logger.info("%s", metrics.describe_run(config, mesh, layout, structure, start))
+            if layout.size("layers") > 1:
+                logger.info("%s", pipeline.describe(config, layout.size("layers")))
             for line in lint.warnings(config, mesh, layout, structure):
                 logger.warning("warning: %s", line)
             if config.optimizer.warmup_steps >= config.steps:

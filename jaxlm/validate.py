@@ -7,11 +7,8 @@ from typing import Any
 
 from jaxlm.config import AXES, DIMS, RULES, STORAGE, Config, Mesh, UserError, padded_vocab
 from jaxlm.configfile import did_you_mean
+from jaxlm.models import family_module
 
-# Axes whose code is not written yet: larger than 1 is refused.
-UNBUILT = {
-    "stage": "pipeline parallelism is not built yet; use data, fsdp or tensor",
-}
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
 # Arrays of the model: in use, an axis may split only one dimension of each.
 ARRAYS = (
@@ -43,13 +40,11 @@ def validate(config: Config, num_devices: int | None = None) -> None:
         sizes = resolve_mesh(config.mesh, num_devices)
     _check_dcn(config.mesh, sizes, num_devices is not None)
     _check_tables(config)
-    for axis, why in UNBUILT.items():
-        if sizes[axis] > 1:
-            raise UserError(f"mesh.{axis}={sizes[axis]}: {why}")
     rules, storage = RULES | config.rules, STORAGE | config.storage
     _check_arrays(rules, sizes)
     _check_heads(config, rules, storage, sizes)
     _check_batch(config, rules, sizes)
+    _check_pipeline(config, rules, storage, sizes)
     _check_weights(config, rules, storage, sizes)
 
 
@@ -295,6 +290,45 @@ def _check_batch(config: Config, rules: Table, sizes: dict[str, int]) -> None:
     _divide(name, length, split | {"loss.chunks": loss.chunks})
     if split and config.attention.context != "all_to_all":  # two pieces of it on each device
         _divide(name, length, split, pieces=2)
+
+
+def _check_pipeline(config: Config, rules: Table, storage: Table, sizes: dict[str, int]) -> None:
+    """Layers divide into chunks, and with repeats microbatches go in turns of all stages."""
+    stages, repeats, count = sizes["stage"], config.pipeline.repeats, config.batch.microbatches
+    if stages == 1:
+        if repeats > 1:
+            raise UserError(
+                f"pipeline.repeats={repeats} has no effect with mesh.stage=1; "
+                "use pipeline.repeats=1 or mesh.stage=2"
+            )
+        return
+    if "stage" not in rules["layers"]:
+        raise UserError(
+            f"rules.layers=[] with mesh.stage={stages}: layers live on stages; "
+            "use rules.layers=[stage] or mesh.stage=1"
+        )
+    misplaced = [dim for dim, axes in rules.items() if "stage" in axes]
+    misplaced = [dim for dim in misplaced if dim not in ("layers", "vocab")]
+    if misplaced:
+        raise UserError(f"rules.{misplaced[0]}: stages split layers and vocab only; drop stage")
+    if at_rest := [dim for dim, axes in config.storage.items() if "stage" in axes]:
+        raise UserError(f"storage.{at_rest[0]}: layers rest on their stage; drop stage")
+    groups = family_module(config.model.family).groups(config.model)
+    if len(groups) > 1:
+        each = ", ".join(str(number) for _, number in groups)
+        raise UserError(
+            f"mesh.stage={stages}: model.family={config.model.family} has {len(groups)} groups of "
+            f"layers here ({each}), and stages split one; use mesh.stage=1"
+        )
+    factors = {"mesh.stage": stages, "pipeline.repeats": repeats}
+    pattern, number = groups[0]
+    name = "model.num_layers" if len(pattern) == 1 else f"model.num_layers / {len(pattern)}"
+    _divide(name, number, factors)
+    if repeats > 1:
+        _divide("batch.microbatches", count, {"mesh.stage": stages})
+    # Generation holds a part of every layer on every stage (generate.py).
+    embed = _axes(rules, "embed", sizes) | _axes(storage, "embed", sizes)
+    _divide("model.embed_dim", config.model.embed_dim, embed | {"mesh.stage": stages})
 
 
 def _check_heads(config: Config, rules: Table, storage: Table, sizes: dict[str, int]) -> None:

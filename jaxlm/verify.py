@@ -233,7 +233,8 @@ def replace_mesh(config: cfg.Config, sizes: Sizes) -> cfg.Config:
     """The config on another mesh; `dcn` stays where the mesh still has its factors."""
     dcn = {a: n for a, n in config.mesh.dcn.items() if sizes.get(a, 1) % n == 0}
     mesh = cfg.Mesh(**{axis: sizes.get(axis, 1) for axis in cfg.AXES}, dcn=dcn)
-    return dataclasses.replace(config, mesh=mesh)
+    pipeline = config.pipeline if mesh.stage > 1 else cfg.Pipeline()
+    return dataclasses.replace(config, mesh=mesh, pipeline=pipeline)
 
 
 def own_mesh(config: cfg.Config) -> Sizes:
@@ -299,7 +300,7 @@ def _unit(config: cfg.Config, meshes: Sequence[Sizes], dim: str) -> int:
 
 def _layers(config: cfg.Config, meshes: Sequence[Sizes]) -> int:
     """At least two layers, and as many as the stages take."""
-    unit = _unit(config, meshes, "layers")
+    unit = _unit(config, meshes, "layers") * config.pipeline.repeats
     return unit * (1 if unit > 1 else min(2, config.model.num_layers))
 
 

@@ -371,7 +371,7 @@ def test_valid(base, file, overrides, devices):
     [
         (["mesh.data=-1", "mesh.fsdp=-1"], ["only one axis"]),
         (["mesh.data=0"], ["mesh.data=0"]),
-        (["mesh.stage=2"], ["mesh.stage=2: pipeline parallelism is not built yet"]),
+        (["pipeline.repeats=2"], ["pipeline.repeats=2 has no effect with mesh.stage=1"]),
         (["mesh.replica=2"], ["mesh.replica=2: local SGD"]),
         (
             ["mesh.context=2", "batch.sequence_length=4102", "loss.chunks=1"],

@@ -34,6 +34,8 @@ def obstacle(config: cfg.Config, mesh: Mesh) -> str:
         return f"it has no model.sliding_window={config.model.sliding_window}"
     if config.data.segments:
         return "data.segments=true would take a dense [sequence, sequence] mask"
+    if mesh.shape["stage"] > 1:
+        return f"its lowering fails under the map over mesh.stage={mesh.shape['stage']}"
     if not _is_here(device) and not _has_library():
         return "compiling it without the GPU takes the cuDNN library (nvidia-cudnn-cu12)"
     return ""

@@ -36,7 +36,7 @@ from jaxlm import config as cfg
 from jaxlm.data import load_tokenizer
 from jaxlm.interop.safetensors_files import INDEX, SINGLE, first, inside, open_tensors, read_json
 from jaxlm.models import family_module
-from jaxlm.sharding import Layout
+from jaxlm.sharding import Layout, partitions
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh, trained
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -308,7 +308,11 @@ def _fetch(params: Arrays, shapes, ours: str, layer: int | None) -> np.ndarray:
 
 @jax.jit
 def _take_layer(array: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(array, layer, 0, keepdims=False)
+    if partitions(jax.typeof(array).sharding.spec)[:1] in ((), (None,)):
+        return jax.lax.dynamic_index_in_dim(array, layer, 0, keepdims=False)
+    # Split over stages: a sum to which all layers but one add zero.
+    here = jnp.expand_dims(jnp.arange(array.shape[0]) == layer, tuple(range(1, array.ndim)))
+    return jnp.sum(jnp.where(here, array, jnp.zeros_like(array)), axis=0)
 
 
 def _cast(fetch, tensor: Tensor, dtype: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import reshard
 
 from jaxlm import config as cfg
 from jaxlm.models import family_module
@@ -33,9 +34,7 @@ class Decoder(nnx.Module):
         self.positions = layout.param(init(keys[1]), shape, "positions embed") if length else None
         self.groups = nnx.List(
             nnx.List(
-                jax.vmap(lambda k, block=block: block(config, layout, k))(
-                    jax.random.split(jax.random.fold_in(keys[2], 1000 * i + j), repeats)
-                )
+                _stack(block, config, layout, jax.random.fold_in(keys[2], 1000 * i + j), repeats)
                 for j, block in enumerate(pattern)
             )
             for i, (pattern, repeats) in enumerate(family.groups(config))
@@ -46,29 +45,41 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_BS, positions_BS, segments_BS, layout: Layout, cache=None):
         """Hidden states [B, S, D] after the final norm, the cache, and aux (a flat dict)."""
-        config, family = self.config, family_module(self.config.family)
-        x_BSD = layout.take(layout.gather(self.embed), tokens_BS, "batch seq _")
-        if self.positions is not None:
-            x_BSD += layout.take(layout.gather(self.positions), positions_BS, "batch seq _")
-        x_BSD = layout.move(x_BSD, "batch residual_seq _")
-        table = family.encode_positions(config, positions_BS)
+        x_BSD = self.embed_tokens(tokens_BS, positions_BS, layout)
+        table = family_module(self.config.family).encode_positions(self.config, positions_BS)
         caches, aux = [], {}
         for i, group in enumerate(self.groups):
             group_cache = None if cache is None else cache[i]
-            x_BSD, group_cache, group_aux = _run_group(
+            x_BSD, group_cache, group_aux = run_group(
                 list(group), x_BSD, table, positions_BS, segments_BS, layout, group_cache
             )
             caches.append(group_cache)
             aux |= {f"group{i}/{name}": value for name, value in group_aux.items()}
-        hidden_BSD = layout.move(self.final_norm(x_BSD, layout), "batch seq _")
-        return hidden_BSD, None if cache is None else caches, aux
+        return self.finish(x_BSD, layout), None if cache is None else caches, aux
+
+    def embed_tokens(self, tokens_BS, positions_BS, layout: Layout) -> jax.Array:
+        """The residual stream [B, S, D] that enters the first block."""
+        x_BSD = layout.take(layout.gather(self.embed), tokens_BS, "batch seq _")
+        if self.positions is not None:
+            x_BSD += layout.take(layout.gather(self.positions), positions_BS, "batch seq _")
+        return layout.move(x_BSD, "batch residual_seq _")
+
+    def finish(self, x_BSD, layout: Layout) -> jax.Array:
+        """Hidden states [B, S, D] that meet the head, of what leaves the last block."""
+        return layout.move(self.final_norm(x_BSD, layout), "batch seq _")
 
     def head_weight(self, layout: Layout) -> jax.Array:
         """The output matrix [V, D], gathered."""
         return layout.gather(self.embed if self.head is None else self.head)
 
 
-def _run_group(blocks: list, x_BSD, table, positions_BS, segments_BS, layout: Layout, cache):
+def _stack(block: type, config: cfg.Model, layout: Layout, key: jax.Array, repeats: int):
+    """A block's repeats, stacked; each is made where it will live."""
+    keys = reshard(jax.random.split(key, repeats), layout.spec("layers"))
+    return jax.vmap(lambda key: block(config, layout.without("stage"), key))(keys)
+
+
+def run_group(blocks: list, x_BSD, table, positions_BS, segments_BS, layout: Layout, cache):
     """Scan over the repeats of a pattern; aux is stacked per repeat, and so is the cache."""
 
     def body(x_BSD, repeat):

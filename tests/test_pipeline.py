@@ -1,0 +1,347 @@
+"""The pipeline computes what one device does, in the ticks, memory and messages of its schedule."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxlm import compile as compiler
+from jaxlm import config as cfg
+from jaxlm import evaluate, generate
+from jaxlm.data import load, open_split
+from jaxlm.models import llama
+from jaxlm.parallel import pipeline
+from jaxlm.sharding import batch_shardings
+from jaxlm.state import create_state
+from jaxlm.train import loss_and_grads, make_program
+
+LAYOUTS = {
+    "stage": (2, 4, ["mesh.stage=2"]),
+    "stage=4, M not a multiple": (4, 6, ["mesh.stage=4", "batch.sequences=12"]),
+    "fewer microbatches than stages": (4, 2, ["mesh.stage=4"]),
+    "data": (4, 4, ["mesh.stage=2", "mesh.data=2"]),
+    "fsdp x tensor": (8, 4, ["mesh.stage=2", "mesh.fsdp=2", "mesh.tensor=2"]),
+    "repeats": (2, 4, ["mesh.stage=2", "pipeline.repeats=2"]),
+    "repeats, more than stages": (2, 4, ["mesh.stage=2", "pipeline.repeats=4"]),
+    "stage=4, repeats, data": (8, 4, ["mesh.stage=4", "mesh.data=2", "pipeline.repeats=2"]),
+    "gathered once a step": (4, 4, ["mesh.stage=2", "mesh.fsdp=2", "gather_at=step"]),
+}
+FAMILIES = {"llama": [], "gpt2": ["model.tie_embeddings=true"]}
+
+
+def open_run(config, num_devices):
+    program = make_program(config, jax.devices()[:num_devices])
+    with jax.set_mesh(program.mesh):
+        state = create_state(config, program.layout, program.optimizer, program.mesh)
+        split = open_split(config.data.path, "train")
+        shardings = batch_shardings(config, program.layout, program.mesh)
+        batches = list(
+            zip(range(10), load.batches(split, config.batch, 0, shardings), strict=False)
+        )
+    batches = [uneven(batch, i) for i, batch in batches]
+    return program, state, batches
+
+
+def uneven(batch, seed):
+    """Weights that differ from row to row, and so from microbatch to microbatch."""
+    weights = np.random.default_rng(seed).random(batch["weights"].shape).astype(np.float32)
+    return batch | {"weights": jax.device_put(weights, batch["weights"].sharding)}
+
+
+def measure(config, num_devices, steps):
+    """(initial parameters, loss_and_grads of the first batch, losses) on the host."""
+    program, state, batches = open_run(config, num_devices)
+    with jax.set_mesh(program.mesh):
+        sums = jax.jit(lambda s, b: loss_and_grads(config, program.structure, s, b, program.layout))
+        found = jax.device_get((state.params, sums(state, batches[0])))
+        losses = []
+        for batch in batches[:steps]:
+            state, metrics = program.train_step(state, batch)
+            losses.append(float(metrics["loss"]))
+    return *found, losses
+
+
+@pytest.fixture(scope="module")
+def references(data):
+    """One device with the same microbatches."""
+    return functools.cache(
+        lambda family, *overrides: measure(configure(data, family, *overrides), 1, 10)
+    )
+
+
+def configure(data, family, *overrides):
+    """Eight layers, z-loss, and an embedding that is not the head for llama."""
+    return tiny.config(
+        family, f"data.path={data}", "model.num_layers=8", "model.tie_embeddings=false",
+        "loss.z_loss=0.01", *FAMILIES[family], *overrides,
+    )  # fmt: skip
+
+
+def assert_same(found, expected):
+    """Loss, weight, every gradient and aux of loss_and_grads, to 1e-5."""
+    (loss, weight, grads, aux), (loss_1, weight_1, grads_1, aux_1) = found, expected
+    np.testing.assert_allclose([loss, weight], [loss_1, weight_1], rtol=1e-5)
+    assert grads.keys() == grads_1.keys() and aux.keys() == aux_1.keys()
+    for name, value in aux.items():
+        np.testing.assert_allclose(value, aux_1[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    floor = 1e-4 * np.sqrt(sum(np.sum(np.float64(g) ** 2) for g in grads_1.values()))
+    for name, grad in grads_1.items():
+        error = np.abs(grads[name] - grad).max() / max(np.abs(grad).max(), floor)
+        assert error < 1e-5, (name, error)
+
+
+CASES = [("llama", name) for name in LAYOUTS] + [("gpt2", "fsdp x tensor"), ("gpt2", "repeats")]
+
+
+@pytest.mark.parametrize("family, name", CASES)
+def test_a_pipeline_is_the_same_run(family, name, data, references):
+    devices, microbatches, overrides = LAYOUTS[name]
+    overrides = [f"batch.microbatches={microbatches}", *overrides]
+    plain = [o for o in overrides if not o.startswith(("mesh.", "pipeline.", "gather_at"))]
+    initial, sums, losses = measure(configure(data, family, *overrides), devices, 10)
+    initial_1, sums_1, losses_1 = references(family, *plain)
+    for array, value in initial_1.items():
+        np.testing.assert_array_equal(initial[array], value, err_msg=array)
+    assert_same(sums, sums_1)
+    np.testing.assert_allclose(losses, losses_1, rtol=1e-5)
+
+
+class Block(llama.Block):
+    """A block with a loss, a metric, an update, and another map of the mesh inside."""
+
+    def __call__(self, x_BSD, table, segments_BS, layout, cache=None):
+        spec = layout.spec("batch residual_seq _")
+        double = jax.shard_map(lambda x: jnp.tanh(x) + x, in_specs=spec, out_specs=spec)
+        x_BSD, cache, _ = super().__call__(double(x_BSD), table, segments_BS, layout, cache)
+        y_BSD = x_BSD.astype(jnp.float32)
+        square = jnp.mean(y_BSD**2)
+        return x_BSD, cache, {
+            "x/size_loss": 0.1 * square, "size": square,
+            "update/count": jnp.sum(y_BSD, axis=(0, 1)),
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_aux_of_blocks_is_in_the_order_of_layers(repeats, data, monkeypatch):
+    """Against a sum over microbatches, each weighted; on a mesh that splits the sequence too."""
+    monkeypatch.setattr(llama, "Block", Block)
+    mesh = ["mesh.stage=2", "mesh.fsdp=2", "mesh.tensor=2", f"pipeline.repeats={repeats}"]
+    found = []
+    for overrides, devices in (([], 1), (mesh, 8)):
+        config = configure(data, "llama", "batch.microbatches=4", *overrides)
+        program, state, batches = open_run(config, devices)
+        step = loss_and_grads if devices > 1 else weighted
+        with jax.set_mesh(program.mesh):
+            run = jax.jit(lambda s, b: step(config, program.structure, s, b, program.layout))  # noqa: B023
+            found.append(jax.device_get(run(state, batches[0])))
+    assert found[0][3]["group0/0/size"].shape == (8,)
+    assert_same(found[1], found[0])
+
+
+def weighted(config, structure, state, batch, layout):
+    """What loss_and_grads means for blocks with aux, written plainly."""
+    from jaxlm.loss import batch_losses, split_batch, sum_losses
+
+    def one(params, part):
+        nll_BS, z_BS, aux = batch_losses(config, structure.merge(params), part, layout)
+        sums = sum_losses(config, nll_BS, z_BS, part["weights"])
+        update = "group0/0/update/count"
+        aux = {n: v if n == update else v * sums["weight"] for n, v in aux.items()}
+        total = sums["loss"] + sums["z_loss"] + jnp.sum(aux["group0/0/x/size_loss"])
+        return total, {**sums, **aux}
+
+    parts = split_batch(batch, config.batch.microbatches)
+    grads, aux = None, None
+    for m in range(config.batch.microbatches):
+        new, more = jax.grad(one, has_aux=True)(state.params, {n: x[m] for n, x in parts.items()})
+        grads = new if grads is None else jax.tree.map(jnp.add, grads, new)
+        aux = more if aux is None else jax.tree.map(jnp.add, aux, more)
+    return aux.pop("loss"), aux.pop("weight"), grads, aux
+
+
+@pytest.mark.parametrize("stages, repeats, count", [(2, 1, 5), (4, 1, 2), (3, 3, 6), (4, 2, 8)])
+def test_every_chunk_meets_every_microbatch_once_and_in_order(stages, repeats, count):
+    s = pipeline.Schedule(stages, repeats, count)
+    forward, backward = {}, {}
+    for tick in range(s.ticks + s.warmup):
+        for stage in range(stages):
+            for done, item in (
+                (forward, s.forward(tick, stage)),
+                (backward, s.backward(tick, stage)),
+            ):
+                key = (int(item.microbatch), int(item.repeat) * stages + stage)
+                assert not item.valid or key not in done
+                if item.valid:
+                    done[key] = tick, int(item.slot)
+    everything = {(m, c) for m in range(count) for c in range(stages * repeats)}
+    assert forward.keys() == backward.keys() == everything
+    assert max(tick for tick, _ in forward.values()) == s.ticks - 1
+    assert min(tick for tick, _ in backward.values()) == s.warmup
+    for (m, c), (tick, slot) in forward.items():
+        after, saved = backward[m, c]
+        assert saved == slot == tick % s.slots and 0 <= after - tick < s.slots
+        if c:  # what is handed on is used in the next tick
+            assert tick == forward[m, c - 1][0] + 1 and after == backward[m, c - 1][0] - 1
+
+
+def compiled_step(data, devices, *overrides):
+    config = configure(data, "llama", *overrides)
+    program = make_program(config, jax.devices()[:devices])
+    compiled = compiler.trace_train_step(config, program).lower().compile()
+    return config, program.layout, compiled
+
+
+def dot_flops(hlo: str, keep) -> float:
+    """FLOPs of the dots on one device whose sizes `keep` accepts, times the loops around them."""
+    computations, entry = compiler._computations(hlo)
+    shapes = {}
+    for line in (line for lines in computations.values() for line in lines):
+        match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]", line)
+        if match:
+            shapes[match[1]] = [int(n) for n in match[2].split(",") if n]
+
+    def walk(name, times):
+        total = 0.0
+        for line in computations[name]:
+            dot = re.search(
+                r"= \w+\[([\d,]*)\]\S* dot\((.*?)\).*lhs_contracting_dims=\{([\d,]*)\}", line
+            )
+            if dot:
+                operands = [shapes[name] for name in re.findall(r"%([\w.\-]+)", dot[2])]
+                inner = math.prod(operands[0][int(d)] for d in dot[3].split(",") if d)
+                out = [int(n) for n in dot[1].split(",") if n]
+                total += keep(sum(operands, out)) * times * 2 * inner * math.prod(out)
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for role, callee in compiler._CALLED.findall(line):
+                inside = times * (int(trips[1]) if role == "body" and trips else 1)
+                assert role != "body" or trips, line
+                total += walk(callee, inside)
+        return total
+
+    return walk(entry, 1)
+
+
+@pytest.mark.parametrize("stages, repeats, count", [(2, 1, 4), (2, 2, 4), (4, 1, 8)])
+def test_stages_work_all_but_the_bubble(stages, repeats, count, data):
+    """FLOPs of the layers of a stage, over those of its share of all layers and microbatches."""
+    config, _, compiled = compiled_step(
+        data, stages, f"mesh.stage={stages}", f"pipeline.repeats={repeats}",
+        f"batch.microbatches={count}", "remat.policy=full",
+    )  # fmt: skip
+    m, length = config.model, config.batch.sequence_length
+    vocab = cfg.padded_vocab(m)
+    head = {vocab, vocab // stages}  # no other dimension has these sizes
+    executed = dot_flops(compiled.as_text(), lambda sizes: not head & set(sizes))
+    down, heads = m.embed_dim * m.mlp_dim, m.head_dim * m.num_heads
+    weights = m.embed_dim * m.head_dim * 2 * (m.num_heads + m.num_kv_heads) + 3 * down
+    forward = 2 * (weights + 2 * length * heads)  # a token, a layer
+    # Forward in its tick, twice more in that of the backward, and two products for each; the second
+    # time the last product's result is not needed.
+    layer = 5 * forward - 2 * down
+    tokens = config.batch.sequences * length
+    useful = layer * tokens * m.num_layers / stages
+    s = pipeline.Schedule(stages, repeats, count)
+    assert executed / useful == pytest.approx(s.ticks / (count * repeats), rel=0.02)
+    assert 1 - s.bubble == pytest.approx(count * repeats / s.ticks)
+
+
+def test_memory_does_not_grow_with_microbatches(data):
+    peaks = []
+    for count in (4, 8):
+        _, _, compiled = compiled_step(
+            data, 2, "mesh.stage=2", f"batch.microbatches={count}", f"batch.sequences={4 * count}",
+            "batch.sequence_length=64",
+        )  # fmt: skip
+        peaks.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
+
+
+def test_messages_of_a_pipeline(data):
+    """A permute each way and tick; gradients over data once a step, at any M."""
+    found = {}
+    for count in (2, 4):
+        _, layout, compiled = compiled_step(
+            data, 8, "mesh.stage=4", "mesh.data=2", f"batch.microbatches={count}",
+            f"batch.sequences={2 * count}",
+        )  # fmt: skip
+        rows = compiler.collectives(compiled.as_text())
+        place = lambda one: (one.kind, compiler.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
+        found[count] = sorted((*place(one), one.shapes) for one in rows)
+        permutes = [one for one in rows if one.kind == "collective-permute"]
+        # Forward only: 1; both: 2; backward only: 1.
+        assert sum(len(one.shapes) for one in permutes) == 4
+        assert {place(one)[1:] for one in permutes} == {(("stage",), 1)}
+        for one in rows:
+            assert one.kind not in ("all-gather", "all-to-all"), one
+            if "data" in place(one)[1] and len(one.shapes) > one.scalars:
+                assert one.loops == 0, one
+    assert found[2] == found[4]
+
+
+@pytest.mark.parametrize(
+    "mesh", [["mesh.stage=4"], ["mesh.stage=2", "pipeline.repeats=2", "mesh.fsdp=2"]]
+)
+def test_evaluation_and_generation_on_stages(mesh, data):
+    rows, texts = [], []
+    for overrides, devices in (([], 1), (mesh, 4)):
+        config = configure(data, "llama", "batch.microbatches=4", *overrides)
+        program, state, batches = open_run(config, devices)
+        with jax.set_mesh(program.mesh):
+            step = evaluate.make_eval_step(config, program.structure, program.layout, {})
+            rows.append(jax.device_get(step(state.params, state.fixed, batches[0])))
+            texts.append(
+                generate.generate_tokens(
+                    config, program.structure, program.layout, program.mesh, state.params,
+                    [[1, 2, 3], [7]], tokens=8, temperature=1.0,
+                )
+            )  # fmt: skip
+    np.testing.assert_allclose(rows[1][0], rows[0][0], rtol=1e-5)
+    np.testing.assert_array_equal(rows[1][1], rows[0][1])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["mesh.stage=3"],
+            "model.num_layers=8 is not divisible by mesh.stage=3; nearest: .*6 or 9",
+        ),
+        (["pipeline.repeats=2"], "pipeline.repeats=2 has no effect with mesh.stage=1"),
+        (["mesh.stage=2", "pipeline.repeats=3"], "not divisible by 6 .mesh.stage=2 x pipeline.rep"),
+        (
+            ["mesh.stage=4", "pipeline.repeats=2", "batch.microbatches=2"],
+            "batch.microbatches=2 is not divisible by mesh.stage=4; nearest: .*=4",
+        ),
+        (["mesh.stage=2", "rules.layers=[]"], "rules.layers=.. with mesh.stage=2"),
+    ],
+)
+def test_mistakes_are_named(overrides, message, data):
+    from jaxlm.validate import validate
+
+    config = configure(data, "llama", *overrides)
+    with pytest.raises(cfg.UserError, match=message):
+        validate(config, max(config.mesh.stage, 1))
+
+
+def test_groups_of_several_patterns_are_refused(data, monkeypatch):
+    from jaxlm.validate import validate
+
+    monkeypatch.setattr(llama, "groups", lambda config: [((llama.Block,), 2), ((llama.Block,), 6)])
+    config = configure(data, "llama", "mesh.stage=2")
+    with pytest.raises(cfg.UserError, match="mesh.stage=2: model.family=llama has 2 groups"):
+        validate(config, 2)
+
+
+def test_the_bubble_is_told(data):
+    config = configure(data, "llama", "mesh.stage=4", "batch.microbatches=8")
+    text = pipeline.describe(config, 4)
+    assert "4 stages" in text and "8 microbatches" in text and "bubble 27.3%" in text
+    few = dataclasses.replace(config, batch=dataclasses.replace(config.batch, microbatches=2))
+    assert "more batch.microbatches" in pipeline.describe(few, 4)
