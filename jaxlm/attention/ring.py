@@ -122,7 +122,9 @@ def _save(rule: Rule, q_BSHC, k_BSKC, v_BSKC, ids_BS):
 
 
 def _pull(rule: Rule, residuals, grad_BSHC):
-    return *_local_backward(rule, *residuals, grad_BSHC), None
+    q_BSHC, k_BSKC, v_BSKC, ids_BS, out_BSHC, lse_BSH = residuals
+    grads = _local_backward(rule, q_BSHC, k_BSKC, v_BSKC, ids_BS, out_BSHC, lse_BSH, grad_BSHC)
+    return *grads, None
 
 
 _local.defvjp(_save, _pull)
@@ -201,8 +203,8 @@ def _visit(rule: Rule, me, blocks, own, other):
     """
     if rule.gathered:
         whole = _gather(rule, blocks)
-        body = lambda step, sums: other(step, _take(whole, (me - step) % rule.devices), sums)
-        return jax.lax.fori_loop(1, rule.devices, body, own(blocks))
+        visit = lambda step, sums: other(step, _take(whole, (me - step) % rule.devices), sums)
+        return jax.lax.fori_loop(1, rule.devices, visit, own(blocks))
 
     def body(step, carry):
         blocks, sums = carry
@@ -223,13 +225,13 @@ def _visit_back(rule: Rule, me, blocks, own, other):
         put = lambda old, place, new: jax.tree.map(lambda x, y: x.at[place].add(y), old, new)
         zeros = jax.tree.map(lambda x: jnp.zeros((rule.devices, *x.shape), x.dtype), sums)
 
-        def body(step, carry):
+        def visit(step, carry):
             grads, sums = carry
             source = (me - step) % rule.devices
             grads, more = other(step, _take(whole, source), grads)
             return grads, put(sums, source, more)
 
-        grads, sums = jax.lax.fori_loop(1, rule.devices, body, (grads, put(zeros, me, sums)))
+        grads, sums = jax.lax.fori_loop(1, rule.devices, visit, (grads, put(zeros, me, sums)))
         # A reduce-scatter in two parts: jax cannot lower it under vmap over another mesh axis.
         home = lambda x: jnp.sum(jax.lax.all_to_all(x, rule.axes, 0, 0, tiled=True), 0)
         return grads, jax.tree.map(home, sums)
@@ -316,7 +318,7 @@ def _scores(rule: Rule, queries: Queries, keys: Keys, places_s):
         tanh_BKGst = jnp.tanh(scores_BKGst / rule.softcap)
         scores_BKGst = rule.softcap * tanh_BKGst
     mask_Bst = visible(places_s, keys.start + jnp.arange(k_BtKC.shape[1]), rule.window)[None]
-    if keys.ids_Bp is not None:
+    if queries.ids_Bp is not None and keys.ids_Bp is not None:
         mask_Bst = mask_Bst & (queries.ids_Bp[:, :, None] == keys.ids_Bp[:, None, :])
     low = jnp.finfo(scores_BKGst.dtype).min
     return jnp.where(mask_Bst[:, None, None], scores_BKGst, low), tanh_BKGst
@@ -340,7 +342,8 @@ def _forward(rule: Rule, queries: Queries, keys: Keys):
 
     length = queries.q_BpKGC.shape[1]
     run = lambda: jax.tree.map(lambda x: _join(x, length), jax.lax.map(one, _chunks(rule, queries)))
-    return _unless_hidden(rule, queries, keys, run, jnp.finfo(wide(queries.q_BpKGC.dtype)).min)
+    lowest = float(jnp.finfo(wide(queries.q_BpKGC.dtype)).min)
+    return _unless_hidden(rule, queries, keys, run, lowest)
 
 
 def _backward(rule: Rule, queries: Queries, keys: Keys):
