@@ -7,6 +7,10 @@ interleaved, arXiv:2104.04473). The stages are a leading dimension under jax.vma
 hand on moves by one collective-permute a tick. Autodiff never sees the schedule: a backward item
 saves nothing but the chunk's input, and recomputes the chunk from it.
 
+remat.policy decides what that recomputation keeps: with full a layer runs forward three times (in
+its tick, to save block inputs, and to differentiate), with none twice. Weights rest in the order of
+layers: with V > 1 those of each step move to their stages and their gradients back, once a step.
+
 The embedding and the head belong to no stage: their vocabulary is split over all of them.
 
 Shapes: Z stages, V repeats, M microbatches, K slots, k layers of a chunk, L layers, B rows of a
