@@ -372,7 +372,6 @@ def test_valid(base, file, overrides, devices):
         (["mesh.data=-1", "mesh.fsdp=-1"], ["only one axis"]),
         (["mesh.data=0"], ["mesh.data=0"]),
         (["pipeline.repeats=2"], ["pipeline.repeats=2 has no effect with mesh.stage=1"]),
-        (["mesh.replica=2"], ["mesh.replica=2: local SGD"]),
         (
             ["mesh.context=2", "batch.sequence_length=4102", "loss.chunks=1"],
             ["=4102 is not divisible by 2 x mesh.context=2", "4100 or 4104"],
