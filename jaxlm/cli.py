@@ -62,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_export(commands)
     _add_config(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -144,6 +145,21 @@ def _add_config(commands) -> None:
         action.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     action = _command(actions, "explain", _explain, "meaning, legal values, effect of a key")
     action.add_argument("key", metavar="KEY", nargs="?", default="", help="key or section")
+
+
+def _add_verify(commands) -> None:
+    parser = _command(
+        commands, "verify-layout", _verify, "prove that meshes train the same model",
+        "Shrink the config (widths, layers, vocabulary; never its structure), run it on simulated "
+        "devices under each mesh and on one device, and compare initial parameters, loss, every "
+        "gradient and three updates. Exit code 1 if any differs.",
+    )  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="MESH|KEY=VALUE",
+        help="meshes, as fsdp=2,tensor=4 (none: the config's own), and overrides of the config",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def _start(args, target: str):
@@ -230,6 +246,14 @@ def _check(args) -> None:
 
     mesh, _ = state.open_mesh(config)
     print(f"{args.config}: fits on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+
+
+def _verify(args) -> int:
+    from jaxlm import run, verify
+
+    meshes = [text for text in args.overrides if verify.is_mesh(text)]
+    overrides = [text for text in args.overrides if not verify.is_mesh(text)]
+    return 0 if verify.run(run.load_config(args.config, overrides), meshes, args.json) else 1
 
 
 def _explain(args) -> None:

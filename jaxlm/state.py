@@ -1,7 +1,7 @@
 """State(step, params, fixed, opt): all that a step reads and writes, as flat dicts of arrays.
 
-Parameters are named by their place in the model ("groups.0.0.attention.q"); the module itself is only a way
-to write the forward pass and is put together from the arrays inside the step.
+Parameters are named by their place in the model ("groups.0.0.attention.q"); the module itself is
+only a way to write the forward pass and is put together from the arrays inside the step.
 """
 
 from __future__ import annotations

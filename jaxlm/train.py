@@ -56,10 +56,7 @@ def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, op
         loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, batch, layout)
         count = jnp.where(weight_sum > 0, weight_sum, 1)  # a batch in which nothing counts
         grads = jax.tree.map(lambda g: g / count, grads)
-        grad_norm = optim.global_norm(grads)
-        if config.optimizer.clip_norm:
-            grads = optim.clip_by_norm(grads, grad_norm, config.optimizer.clip_norm)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
+        updates, opt, grad_norm = make_updates(config.optimizer, optimizer, state, grads)
         params = jax.tree.map(jnp.add, state.params, updates)
         metrics = {
             "loss": loss_sum / count,
@@ -71,6 +68,15 @@ def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, op
         return State(state.step + 1, params, state.fixed, opt), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=options)
+
+
+def make_updates(config: cfg.Optimizer, optimizer, state: State, grads: Arrays):
+    """(what to add to the parameters, optimizer state, norm of the gradients before clipping)."""
+    norm = optim.global_norm(grads)
+    if config.clip_norm:
+        grads = optim.clip_by_norm(grads, norm, config.clip_norm)
+    updates, opt = optimizer.update(grads, state.opt, state.params)
+    return updates, opt, norm
 
 
 def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch, layout: Layout):
