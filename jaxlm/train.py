@@ -19,7 +19,7 @@ from jaxlm import checkpoint, configfile, data, devices, evaluate, generate, met
 from jaxlm import config as cfg
 from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
-from jaxlm.loss import batch_losses, split_batch
+from jaxlm.loss import batch_losses, read_aux, split_batch, update_fixed
 from jaxlm.sharding import Layout, batch_shardings, wide
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
 
@@ -56,6 +56,7 @@ def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, op
         loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, batch, layout)
         count = jnp.where(weight_sum > 0, weight_sum, 1)  # a batch in which nothing counts
         grads = jax.tree.map(lambda g: g / count, grads)
+        fixed, aux = update_fixed(config.model, state.fixed, aux)
         updates, opt, grad_norm = make_updates(config.optimizer, optimizer, state, grads)
         params = jax.tree.map(jnp.add, state.params, updates)
         metrics = {
@@ -65,7 +66,7 @@ def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, op
             "weight": weight_sum,
             **{name: value / count for name, value in aux.items()},
         }
-        return State(state.step + 1, params, state.fixed, opt), metrics
+        return State(state.step + 1, params, fixed, opt), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
@@ -107,16 +108,18 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
 
 
 def loss_sums(config: cfg.Config, structure: Structure, layout: Layout, params, fixed, batch):
-    """The sum to differentiate (cross-entropy and z-loss), and its parts."""
+    """The sum to differentiate (cross-entropy, z-loss, losses of the blocks), and its parts."""
     model = structure.merge(params, fixed)
     nll_BS, z_BS, aux = batch_losses(config, model, batch, layout)
+    weight = jnp.sum(batch["weights"])
+    extra, aux = read_aux(aux, weight)
     sums = {
         "loss": jnp.sum(nll_BS * batch["weights"]),
-        "weight": jnp.sum(batch["weights"]),
+        "weight": weight,
         "z_loss": config.loss.z_loss * jnp.sum(z_BS * batch["weights"]),
         **aux,
     }
-    return sums["loss"] + sums["z_loss"], sums
+    return sums["loss"] + sums["z_loss"] + extra, sums
 
 
 def defer_reduction(arrays: Arrays, structure: Structure, layout: Layout) -> Arrays:

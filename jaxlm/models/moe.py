@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, D embed, F expert_mlp, E experts, K choices per tok
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import config as cfg
+from jaxlm.models import llama
 from jaxlm.models.layers import RMSNorm, SelfAttention, normal, rotary_frequencies, rotary_table
 from jaxlm.parallel import experts
 from jaxlm.sharding import Layout, wide
 
-UPDATE = "update/"  # aux of this name: sums for the update of a fixed variable
 SHAPE, NUMBERS = "recompiles checkpoint numbers", "recompiles numbers"
 
 
@@ -147,7 +148,7 @@ class GatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and experts, each on a normalised copy of the residual stream."""
+    """Attention and experts (as `moe`: aux names its bias), each on a normalised copy of the residual stream."""
 
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
         keys = jax.random.split(key, 5)
@@ -162,7 +163,6 @@ class Block(nnx.Module):
         y_BSD, cache = self.attention(h_BSD, table, segments_BS, layout, cache)
         x_BSD += y_BSD
         y_BSD, aux = self.moe(self.mlp_norm(x_BSD, layout), segments_BS, layout)
-        aux = {name.replace(UPDATE, f"{UPDATE}moe."): value for name, value in aux.items()}
         return x_BSD + y_BSD, cache, aux
 
 
@@ -209,7 +209,7 @@ def statistics(c: Config, scores_BSE, logits_BSE, hit_BSKE, dropped_BS, real_BS)
         "router/load_max": jnp.max(load_E) * E / jnp.maximum(jnp.sum(load_E), 1.0),
         "router/dropped": dropped / (count * c.experts_per_token),
     }
-    return aux | ({f"{UPDATE}bias": load_E} if c.balance == "bias" else {})
+    return aux | ({"update/moe.bias": load_E} if c.balance == "bias" else {})
 
 
 def update_fixed(config: Config, name: str, bias_LE: jax.Array, load_LE: jax.Array) -> jax.Array:
@@ -223,3 +223,75 @@ def encode_positions(config, positions_BS: jax.Array):
     """What every block needs to know of the positions: cosines and sines."""
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
     return rotary_table(positions_BS, jnp.asarray(np.array(frequencies, np.float32)))
+
+
+def learned_positions(config: Config) -> int:
+    """Length of the learned position table: there is none."""
+    return 0
+
+
+# Hugging Face (see llama.py): what the families with experts share.
+LAYER = "model.layers.{layer}."
+MLP = ("gate", "up", "down")  # of Llama, which has one
+NAMES: dict[str, tuple[str, str]] = {
+    name: place for name, place in llama.NAMES.items() if name.split(".")[-1] not in MLP
+}
+
+
+def from_hugging_face(hf: dict) -> dict[str, Any]:
+    """The values of `model:` that the families read alike."""
+    if hf.get("hidden_act", "silu") != "silu":
+        raise cfg.UserError(f"hidden_act={hf['hidden_act']} is not supported; silu is")
+    rope = llama.rope_from_hugging_face(hf)
+    if rope.get("rope_scaling", "none") != "none":
+        raise cfg.UserError("rope_scaling is not supported here; null is")
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    return {
+        "num_layers": hf["num_hidden_layers"],
+        "embed_dim": width,
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or width // heads,
+        "vocab_size": hf["vocab_size"],
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
+        "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "init_std": hf.get("initializer_range", 0.02),
+        "experts_per_token": hf["num_experts_per_tok"],
+        "balance_coefficient": hf.get("router_aux_loss_coef", 0.001),
+        **rope,
+    }
+
+
+def refuse_export(config: Config, name: str, wanted: dict[str, Any]) -> None:
+    """Raise UserError for what Hugging Face's model cannot compute."""
+    wanted = {"router": "softmax", "shared_expert_dim": 0, "dispatch": "dropless"} | wanted
+    wanted |= {"attention_softcap": 0.0, "logit_softcap": 0.0}
+    for key, value in wanted.items():
+        if getattr(config, key) != value:
+            now = getattr(config, key)
+            raise cfg.UserError(f"model.{key}={now}: Hugging Face's {name} has no such thing")
+    if config.balance == "bias":
+        raise cfg.UserError(f"model.balance=bias: Hugging Face's {name} has no such thing")
+
+
+def to_hugging_face(config: Config, max_positions: int) -> dict[str, Any]:
+    """The part of config.json that the families write alike."""
+    c = config
+    return {
+        "hidden_size": c.embed_dim,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tie_embeddings,
+        "rms_norm_eps": c.norm_epsilon,
+        "initializer_range": c.init_std,
+        "hidden_act": "silu",
+        "num_experts_per_tok": c.experts_per_token,
+        "router_aux_loss_coef": c.balance_coefficient,
+        "max_position_embeddings": max_positions,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": None,
+        "sliding_window": None,
+    }
