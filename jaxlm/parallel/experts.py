@@ -206,7 +206,6 @@ def _routes(expert_N, choices: int, held: int, axes: tuple[str, ...], ragged: bo
     def exchange(rows, size, table):
         if ragged:
             zeros = jnp.zeros((size, rows.shape[-1]), rows.dtype)
-            zeros = jax.lax.pcast(zeros, tuple(jax.typeof(rows).vma), to="varying")
             table = (x.astype(jnp.int32) for x in table)
             return jax.lax.ragged_all_to_all(rows, zeros, *table, axis_name=axes)
         return _all_to_all(rows, axes, 0, 0)
