@@ -252,7 +252,7 @@ def test_remat_keeps_what_its_policy_names(data):
 
 
 def test_a_bias_evens_a_skewed_router(data):
-    config = tiny.config("mixtral", "model.balance=bias", "model.balance_coefficient=0.02").model
+    config = tiny.config("mixtral", "model.balance=bias", "model.balance_coefficient=0.005").model
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((512, 4)) + np.array([1.5, 1.0, 0.0, -1.5])
     scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -262,26 +262,24 @@ def test_a_bias_evens_a_skewed_router(data):
         load = np.array([[(chosen == e).sum() for e in range(4)]], np.float32)
         history.append(load.max() / load.mean())
         bias = np.asarray(moe.update_fixed(config, "groups.0.0.moe.bias", bias, load))
-    assert history[0] > 1.8 and max(history[-5:]) < 1.1, history
+    assert history[0] > 1.7 and max(history[-5:]) < 1.1, history
 
 
 def test_the_balance_of_a_run_improves(data):
     """With the loss, with the bias, and not without; from a start that prefers two experts."""
     last = {}
-    for balance in ("loss", "bias", "none"):
+    for balance, rate in (("loss", 0.1), ("bias", 0.01), ("none", 0.1)):
         config = tiny.config(
             "mixtral", f"data.path={data}", f"model.balance={balance}",
-            "model.balance_coefficient=0.1", "optimizer.train=['*router*']", "steps=30",
+            f"model.balance_coefficient={rate}", "optimizer.train=['*router*']", "steps=30",
         )  # fmt: skip
         program = make_program(config, jax.devices()[:1])
         with jax.set_mesh(program.mesh):
             state = create_state(config, program.layout, program.optimizer, program.mesh)
             skew = jnp.array([1.0, 1.0, -1.0, -1.0])
             name = "groups.0.0.moe.router"
-            norm = state.fixed["groups.0.0.mlp_norm.scale"]
-            fixed = state.fixed | {"embed": state.fixed["embed"].at[:, 0].add(0.2)}
-            params = state.params | {name: state.params[name].at[:, 0].add(0.3 * skew)}
-            assert norm.shape[0] == 2
+            fixed = state.fixed | {"embed": state.fixed["embed"].at[:, 0].add(0.02)}
+            params = state.params | {name: (10 * state.params[name]).at[:, 0].add(skew)}
             state = type(state)(state.step, params, fixed, state.opt)
             shardings = batch_shardings(config, program.layout, program.mesh)
             batches = load.batches(open_split(data, "train"), config.batch, 0, shardings)
@@ -289,9 +287,9 @@ def test_the_balance_of_a_run_improves(data):
             for _ in range(config.steps):
                 state, metrics = program.train_step(state, next(batches))
                 history.append(float(metrics["router/load_max"]))
-        assert history[0] > 1.8
+        assert history[0] > 1.6
         last[balance] = np.mean(history[-3:])
-    assert last["loss"] < 1.5 and last["bias"] < 1.5 and last["none"] > 1.7, last
+    assert max(last["loss"], last["bias"]) < 1.3 and last["none"] > 1.5, last
 
 
 # The whole program.
