@@ -164,7 +164,9 @@ def gradients(config, count):
     with jax.set_mesh(mesh):
         state = create_state(config, layout, optimizer, mesh)
         shardings = batch_shardings(config, layout, mesh)
-        batch = next(load.batches(open_split(config.data.path, "train"), config.batch, 0, shardings))
+        batch = next(
+            load.batches(open_split(config.data.path, "train"), config.batch, 0, shardings)
+        )
         sums = jax.jit(lambda s, b: loss_and_grads(config, structure, s, b, layout))
         loss, weight, grads, aux = jax.device_get(sums(state, batch))
     return loss / weight, {n: g / weight for n, g in grads.items()}, {

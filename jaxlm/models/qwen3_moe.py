@@ -20,9 +20,7 @@ Norm = RMSNorm
 class Config(moe.Config):
     """The keys of `model:` when model.family is qwen3_moe."""
 
-    rope_theta: float = cfg.key(
-        1e6, "base of the rotary wavelengths", changes="recompiles numbers"
-    )
+    rope_theta: float = cfg.key(1e6, "base of the rotary wavelengths", changes="recompiles numbers")
 
 
 # Hugging Face: see llama.py; a leading layer and a leading expert are places in our arrays.

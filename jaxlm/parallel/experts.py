@@ -212,9 +212,7 @@ def _routes(expert_N, choices: int, held: int, axes: tuple[str, ...], ragged: bo
 
     def go(x_nD, gate_N1):
         rows_RD = exchange(take_sum(x_nD, token_X1, to_nK), peers * part, there)
-        gate_R1 = _all_to_all(
-            take_sum(gate_N1, source_R[:, None], place_N[:, None]), axes, 0, 0
-        )
+        gate_R1 = _all_to_all(take_sum(gate_N1, source_R[:, None], place_N[:, None]), axes, 0, 0)
         arrange = lambda x: take_sum(x, arrange_R[:, None], restore_R1)
         return arrange(rows_RD), arrange(gate_R1)
 
