@@ -33,7 +33,7 @@ def split_batch(batch: dict, count: int) -> dict:
 
 
 def read_aux(aux: dict, weight: jax.Array) -> tuple[jax.Array, dict]:
-    """(what to add to the loss, sums over the batch) of a microbatch, from what its blocks returned.
+    """(what to add to the loss, sums over the batch) of a microbatch, from what blocks returned.
 
     A name is "group0/1/router/z_loss": group, place in the pattern, the block's own name, and holds
     an array with a leading dimension of layers. `*_loss` is a mean over tokens that is added to the

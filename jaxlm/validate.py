@@ -299,8 +299,8 @@ def _check_moe(config: Config, model: Any) -> None:
         raise UserError("model.capacity_factor=0.0 leaves no slot; use 1.25, or 1.0 for even loads")
     if outside := [axis for axis in rules["experts"] if axis not in rules["batch"]]:
         raise UserError(
-            f"rules.experts: axis {outside[0]} is not in rules.batch={list(rules['batch'])}: tokens "
-            "are sent along the axes of experts, so each device must have its own; add it there"
+            f"rules.experts: axis {outside[0]} is not in rules.batch={list(rules['batch'])}: "
+            "tokens are sent along the axes of experts, each device its own; add it there"
         )
 
 

@@ -119,7 +119,7 @@ class MoE(nnx.Module):
         return y_BSD, aux
 
     def _score(self, x_BSD, layout: Layout):
-        """Each expert's score for each token, and the logits; in `wide`, every expert everywhere."""
+        """Each expert's score for each token, and the logits, in `wide`; experts are not split."""
         router_DE = layout.replace(experts=()).gather(self.router)
         dtype = wide(x_BSD.dtype)
         logits_BSE = jnp.einsum("bsd,de->bse", x_BSD.astype(dtype), router_DE.astype(dtype))
@@ -148,7 +148,7 @@ class GatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and experts (as `moe`: aux names its bias), each on a normalised copy of the residual stream."""
+    """Attention and experts, each on a normalised copy; aux names the bias as in `moe`, here."""
 
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
         keys = jax.random.split(key, 5)

@@ -11,6 +11,7 @@ device, p peers, m rows from a peer at most, R rows of a buffer.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def dropless(x_BSD, expert_BSK, gate_BSK, weights: tuple, layout: Layout) -> jax
 
 
 def capacity(x_BSD, slot_BSK, gate_BSK, weights: tuple, layout: Layout, slots: int) -> jax.Array:
-    """The same with `slots` rows for each expert and sequence; a choice without a slot adds nothing.
+    """The same with `slots` rows for each expert and sequence; a choice without one adds nothing.
 
     `slot_BSK` counts over all experts, E * slots for none. Buffers are as in GShard
     (arXiv:2006.16668), but filled by index and not by products with one-hot matrices.
@@ -122,22 +123,39 @@ def slots(expert_BSK, real_BS, layout: Layout, num_experts: int, limit: int, str
 
 
 def _mapped(local, layout: Layout, activations: tuple, weights: tuple) -> jax.Array:
-    """Run `local` on every device's shards; its output, partial over mlp's axes, is summed."""
-    partial = layout.dim_axes("mlp")
-    specs = tuple(jax.typeof(x).sharding.spec for x in (*activations, *weights))
+    """Run `local` on every device's shards; its output, partial over mlp's axes, is summed.
 
-    def vary(x, spec):  # custom gradients want one type: that of the other operands
-        return jax.lax.pcast(x, tuple(spec.reduced), to="varying") if spec.reduced else x
+    Types inside have no `reduced` or `unreduced`, which a shard_map under vmap cannot take: a copy
+    on each device is a part of a new dimension, made and summed outside by products with ones.
+    """
+    partial, arrays = layout.dim_axes("mlp"), (*activations, *weights)
+    copied = [tuple(sorted(jax.typeof(x).sharding.spec.reduced)) for x in arrays]
+    spread = [
+        _copies(x, axes, layout) if axes else x for x, axes in zip(arrays, copied, strict=True)
+    ]
 
     def run(*arrays):
-        count = len(activations)
-        y_bsD = local(*map(vary, arrays[:count], specs), *arrays[count:])
-        return jax.lax.pcast(y_bsD, partial, to="unreduced") if partial else y_bsD
+        own = [x[0] if axes else x for x, axes in zip(arrays, copied, strict=True)]
+        return local(*own)[None] if partial else local(*own)
 
-    out = P(*layout.spec("batch seq _"), unreduced=frozenset(partial))
-    y_BSD = jax.shard_map(run, in_specs=specs, out_specs=out)(*activations, *weights)
-    y_BSD = reshard(y_BSD, layout.spec("batch residual_seq _"))
-    return checkpoint_name(y_BSD, SUMMED) if partial else y_BSD
+    whole = layout.spec("batch seq _")
+    out = P(partial, *whole) if partial else whole
+    specs = tuple(jax.typeof(x).sharding.spec for x in spread)
+    y_BSD = jax.shard_map(run, in_specs=specs, out_specs=out)(*spread)
+    if not partial:
+        return reshard(y_BSD, layout.spec("batch residual_seq _"))
+    ones_X = jnp.ones(y_BSD.shape[0], y_BSD.dtype, out_sharding=P(partial))
+    sums = P(*whole, unreduced=frozenset(partial))
+    y_BSD = jnp.einsum("x,xbsd->bsd", ones_X, y_BSD, out_sharding=sums)
+    return checkpoint_name(reshard(y_BSD, layout.spec("batch residual_seq _")), SUMMED)
+
+
+def _copies(x, axes: tuple[str, ...], layout: Layout) -> jax.Array:
+    """[X, ...] with one x for each device along `axes`; the gradient is their sum, not yet made."""
+    count = math.prod(dict(layout.axes)[axis] for axis in axes)
+    letters = "abcd"[: x.ndim]
+    ones_X = jnp.ones(count, x.dtype, out_sharding=P(axes))
+    return jnp.einsum(f"x,{letters}->x{letters}", ones_X, x)
 
 
 def _mlp(x, gate, weights: tuple, product) -> jax.Array:
