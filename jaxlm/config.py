@@ -36,7 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cache_kv_heads": ("tensor",),
 }
 STORAGE: dict[str, tuple[str, ...]] = {"embed": ("fsdp", "context", "expert")}
-FAMILIES = ("llama", "gpt2")  # each is the module jaxlm/models/<family>.py
+FAMILIES = ("llama", "gpt2", "mixtral", "qwen3_moe")  # each is the module jaxlm/models/<family>.py
 REQUIRED = object()
 T = TypeVar("T")
 

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import config as cfg
+from jaxlm.models import family_module
 from jaxlm.models.decoder import Decoder, logits
 from jaxlm.sharding import Layout, wide
+
+UPDATE = "update/"  # in aux: a sum over tokens by which a fixed variable changes
 
 
 def split_batch(batch: dict, count: int) -> dict:
@@ -36,6 +39,38 @@ def sum_losses(config: cfg.Config, nll_BS, z_BS, weights_BS) -> dict:
         "weight": jnp.sum(weights_BS),
         "z_loss": config.loss.z_loss * jnp.sum(z_BS * weights_BS),
     }
+
+
+def read_aux(aux: dict, weight: jax.Array) -> tuple[jax.Array, dict]:
+    """(what to add to the loss, sums over the batch) of a microbatch, from what blocks returned.
+
+    A name is "group0/1/router/z_loss": group, place in the pattern, the block's own name, and holds
+    an array with a leading dimension of layers. `*_loss` is a mean over tokens that is added to the
+    loss; `update/*` is a sum over tokens, for `update_fixed`; all else are metrics, means over
+    tokens. Losses are summed over layers and metrics averaged, and both weighted by `weight`, that
+    of the microbatch, so that the division by the total makes them means over the batch.
+    """
+    updates, values = {}, {}
+    for path, stacked in aux.items():
+        group, place, name = path.split("/", 2)
+        if name.startswith(UPDATE):
+            variable = f"groups.{group.removeprefix('group')}.{place}.{name.removeprefix(UPDATE)}"
+            updates[UPDATE + variable] = stacked
+        else:
+            values.setdefault(name, []).append(stacked)
+    merge = lambda name: jnp.sum if name.endswith("_loss") else jnp.mean
+    means = {name: merge(name)(jnp.concatenate(parts)) for name, parts in values.items()}
+    sums = {name: mean * weight for name, mean in means.items()}
+    loss = sum((x for name, x in sums.items() if name.endswith("_loss")), jnp.zeros(()))
+    return loss, sums | updates
+
+
+def update_fixed(model: cfg.Model, fixed: dict, aux: dict) -> tuple[dict, dict]:
+    """Fixed variables after a step, and aux without the sums that they were updated by."""
+    sums = {n.removeprefix(UPDATE): x for n, x in aux.items() if n.startswith(UPDATE)}
+    family = family_module(model.family)
+    new = {name: family.update_fixed(model, name, fixed[name], x) for name, x in sums.items()}
+    return fixed | new, {n: x for n, x in aux.items() if not n.startswith(UPDATE)}
 
 
 def batch_losses(config: cfg.Config, model: Decoder, batch: dict, layout: Layout):

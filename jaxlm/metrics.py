@@ -31,10 +31,11 @@ PLAIN_INTERVAL = 2.0  # seconds between progress lines when the output is not a 
 def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int) -> float:
     """FLOPs of one trained token: 6 per matmul parameter, and causal attention.
 
-    6N + 6 L H C S, with N without the embedding table, which is looked up (tied, it is the head).
+    6N + 6 L H C S, with N without the embedding table, which is looked up (tied, it is the head),
+    and of a layer's experts those that a token is sent to.
     """
     matmul = sum(
-        math.prod(shape)
+        math.prod(shape) * _active(model, structure.dims[name])
         for name, shape in structure.shapes.items()
         if "embed" in structure.dims[name].split() and name != "positions"
     )
@@ -42,6 +43,13 @@ def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int
         matmul -= math.prod(structure.shapes["embed"])
     attention = model.num_layers * model.num_heads * model.head_dim * sequence_length
     return 6.0 * (matmul + attention)
+
+
+def _active(model: cfg.Model, dims: str) -> float:
+    """The part of a weight that a token meets: of experts those that it is sent to."""
+    if not {"experts", "mlp"} <= set(dims.split()):
+        return 1.0
+    return vars(model)["experts_per_token"] / vars(model)["num_experts"]
 
 
 @dataclasses.dataclass(frozen=True)

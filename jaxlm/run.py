@@ -159,7 +159,8 @@ def first_state(
     if tokenizer.is_file():
         if load_tokenizer(source.parent).sha256 != facts.keywords["split"].tokenizer_sha256:
             logger.warning("checkpoint.start_from: its tokenizer is not that of data.path")
-    theirs = trained(shapes, old["optimizer"]["train"])
+    weights = model_structure(config.model, layout).weights
+    theirs = trained(weights, old["optimizer"]["train"])
     split = lambda names: {name: shapes[name] for name in shapes if name in names}
     params, fixed = checkpoint.restore_params(
         source, found, split(theirs), split(shapes.keys() - theirs)

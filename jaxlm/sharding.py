@@ -28,6 +28,7 @@ from jaxlm import config as cfg
 
 P = PartitionSpec
 SUMMED = "summed"  # the name, for remat, of products that were summed over devices
+PRODUCT = "product"  # and of products that remat cannot tell from those of attention
 
 
 def make_mesh(sizes: dict[str, int], dcn: dict[str, int], devices: list | None = None) -> Mesh:
@@ -84,6 +85,7 @@ class Layout:
     reduce: str = "float32"
     remat: cfg.Remat = cfg.Remat()
     attention: cfg.Attention = cfg.Attention(backend="xla")
+    experts: str = "padded"  # how their rows are exchanged: parallel/experts.py
 
     def size(self, dim: str) -> int:
         """Devices that dimension `dim` is split over, in use."""
@@ -297,7 +299,9 @@ def stacked_dims(param: nnx.Variable) -> str:
     return f"layers {dims}" if param.get_value().ndim == len(dims.split()) + 1 else dims
 
 
-def make_layout(config: cfg.Config, sizes: dict[str, int], attention: cfg.Attention) -> Layout:
+def make_layout(
+    config: cfg.Config, sizes: dict[str, int], attention: cfg.Attention, experts: str = "padded"
+) -> Layout:
     """The layout that a config names on a mesh of these sizes."""
     rules = {dim: cfg.RULES.get(dim, ()) for dim in cfg.DIMS} | config.rules
     if config.model.num_kv_heads < math.prod(sizes[a] for a in rules["kv_heads"]):
@@ -308,7 +312,7 @@ def make_layout(config: cfg.Config, sizes: dict[str, int], attention: cfg.Attent
     return Layout(
         axes=tuple(sizes.items()), rules=frozen(rules), storage=frozen(storage),
         gather_at=config.gather_at, compute=config.precision.compute,
-        reduce=config.precision.reduce, remat=config.remat, attention=attention,
+        reduce=config.precision.reduce, remat=config.remat, attention=attention, experts=experts,
     )  # fmt: skip
 
 

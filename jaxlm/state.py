@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxlm import attention
 from jaxlm import config as cfg
 from jaxlm.models.decoder import Decoder
+from jaxlm.parallel import experts
 from jaxlm.sharding import Layout, make_layout, make_mesh, place, stacked_dims
 from jaxlm.validate import resolve_mesh, validate
 
@@ -47,6 +48,7 @@ class Structure:
     shapes: dict[str, tuple[int, ...]]  # name -> shape
     dims: dict[str, str]  # name -> dimension names, with a leading `layers` where stacked
     over: dict[str, str]  # name -> dimensions of the activations that the weight meets
+    weights: tuple[str, ...]  # the names that may be trained; other variables never are
 
     def merge(self, *parts: Arrays) -> Decoder:
         """The module that holds these arrays."""
@@ -63,6 +65,7 @@ def model_structure(model_config: cfg.Model, layout: Layout) -> Structure:
         shapes={name: variable.get_value().shape for name, variable in named.items()},
         dims={name: stacked_dims(variable) for name, variable in named.items()},
         over={name: variable.get_metadata("over") for name, variable in named.items()},
+        weights=_weights(named),
     )
 
 
@@ -73,13 +76,17 @@ def _variables(model: Decoder) -> dict[str, nnx.Variable]:
     return {_name(path): variable for path, variable in leaves}
 
 
+def _weights(named: dict[str, nnx.Variable]) -> tuple[str, ...]:
+    return tuple(name for name, variable in named.items() if isinstance(variable, nnx.Param))
+
+
 def _name(path) -> str:
     parts = (getattr(p, "name", getattr(p, "key", getattr(p, "idx", None))) for p in path)
     return ".".join(str(part) for part in parts)
 
 
 def trained(names, patterns: tuple[str, ...]) -> set[str]:
-    """The names that `optimizer.train` selects."""
+    """The names that `optimizer.train` selects, of those of weights."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise cfg.UserError(
@@ -92,8 +99,9 @@ def trained(names, patterns: tuple[str, ...]) -> set[str]:
 def init_params(config: cfg.Config, layout: Layout) -> tuple[Arrays, Arrays]:
     """Initial (params, fixed); one seed, the same bits on every mesh. Run it under jit."""
     model = Decoder(config.model, layout, jax.random.key(config.seed))
-    arrays = {name: variable.get_value() for name, variable in _variables(model).items()}
-    chosen = trained(arrays, config.optimizer.train)
+    named = _variables(model)
+    arrays = {name: variable.get_value() for name, variable in named.items()}
+    chosen = trained(_weights(named), config.optimizer.train)
     params = {name: array for name, array in arrays.items() if name in chosen}
     return params, {name: array for name, array in arrays.items() if name not in chosen}
 
@@ -123,4 +131,4 @@ def open_mesh(config: cfg.Config, devices: list | None = None) -> tuple[Mesh, La
     validate(config, len(devices))
     sizes = resolve_mesh(config.mesh, len(devices))
     mesh = make_mesh(sizes, config.mesh.dcn, devices)
-    return mesh, make_layout(config, sizes, attention.choose(config, mesh))
+    return mesh, make_layout(config, sizes, attention.choose(config, mesh), experts.choose(mesh))

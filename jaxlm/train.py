@@ -30,7 +30,7 @@ from jaxlm import (
 from jaxlm import config as cfg
 from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
-from jaxlm.loss import batch_losses, split_batch, sum_losses
+from jaxlm.loss import batch_losses, read_aux, split_batch, sum_losses, update_fixed
 from jaxlm.parallel import pipeline
 from jaxlm.sharding import Layout, batch_shardings, sequence_order, wide
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
@@ -68,6 +68,7 @@ def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, op
         loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, batch, layout)
         count = jnp.where(weight_sum > 0, weight_sum, 1)  # a batch in which nothing counts
         grads = jax.tree.map(lambda g: g / count, grads)
+        fixed, aux = update_fixed(config.model, state.fixed, aux)
         updates, opt, grad_norm = make_updates(config.optimizer, optimizer, state, grads)
         params = jax.tree.map(jnp.add, state.params, updates)
         metrics = {
@@ -77,7 +78,7 @@ def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, op
             "weight": weight_sum,
             **{name: value / count for name, value in aux.items()},
         }
-        return State(state.step + 1, params, state.fixed, opt), metrics
+        return State(state.step + 1, params, fixed, opt), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
@@ -121,11 +122,12 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
 
 
 def loss_sums(config: cfg.Config, structure: Structure, layout: Layout, params, fixed, batch):
-    """The sum to differentiate (cross-entropy and z-loss), and its parts."""
+    """The sum to differentiate (cross-entropy, z-loss, losses of the blocks), and its parts."""
     model = structure.merge(params, fixed)
     nll_BS, z_BS, aux = batch_losses(config, model, batch, layout)
-    sums = {**sum_losses(config, nll_BS, z_BS, batch["weights"]), **aux}
-    return sums["loss"] + sums["z_loss"], sums
+    sums = sum_losses(config, nll_BS, z_BS, batch["weights"])
+    extra, aux = read_aux(aux, sums["weight"])
+    return sums["loss"] + sums["z_loss"] + extra, sums | aux
 
 
 def defer_reduction(arrays: Arrays, structure: Structure, layout: Layout) -> Arrays:

@@ -15,7 +15,7 @@ ARRAYS = (
     "batch seq embed", "batch residual_seq embed", "batch seq heads head_dim",
     "batch seq kv_heads head_dim", "batch seq mlp", "batch seq vocab",
     "embed heads head_dim", "embed kv_heads head_dim", "embed mlp", "vocab embed",
-    "positions embed", "cache_batch cache_seq cache_kv_heads head_dim",
+    "positions embed", "experts embed mlp", "cache_batch cache_seq cache_kv_heads head_dim",
 )  # fmt: skip
 # Dimensions that stay in one piece, in use and (but for norms) at rest.
 WHOLE = {
@@ -262,14 +262,8 @@ def _check_positions(name: str, length: int, positions: int) -> None:
 
 
 def _check_llama(config: Config, model: Any) -> None:
-    if model.head_dim % 2:
-        near = _join([n for n in (model.head_dim - 1, model.head_dim + 1) if n])
-        raise UserError(f"model.head_dim={model.head_dim} must be even to rotate; use {near}")
     names = ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_length")
-    for name in names if model.rope_scaling == "llama3" else names[:1]:
-        value = getattr(model, f"rope_{name}")
-        if value <= 0:
-            raise UserError(f"model.rope_{name}={value} must be above 0")
+    _check_rotary(model, names if model.rope_scaling == "llama3" else names[:1])
     if model.rope_scaling == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
         raise UserError(
             f"model.rope_low_freq_factor={model.rope_low_freq_factor} must be below "
@@ -277,7 +271,37 @@ def _check_llama(config: Config, model: Any) -> None:
         )
 
 
-FAMILY_CHECKS = {"llama": _check_llama, "gpt2": _check_gpt2}
+def _check_rotary(model: Any, names: tuple[str, ...]) -> None:
+    if model.head_dim % 2:
+        near = _join([n for n in (model.head_dim - 1, model.head_dim + 1) if n])
+        raise UserError(f"model.head_dim={model.head_dim} must be even to rotate; use {near}")
+    for name in names:
+        value = getattr(model, f"rope_{name}")
+        if value <= 0:
+            raise UserError(f"model.rope_{name}={value} must be above 0")
+
+
+def _check_moe(config: Config, model: Any) -> None:
+    """Experts, and for the rotary families their head width."""
+    m, rules, share = model, RULES | config.rules, model.capacity_factor
+    _check_rotary(model, ("theta",))
+    if m.experts_per_token > m.num_experts:
+        raise UserError(
+            f"model.experts_per_token={m.experts_per_token} is above model.num_experts="
+            f"{m.num_experts}; a token is sent to {m.num_experts} at most"
+        )
+    if m.dispatch == "capacity" and not share:
+        raise UserError("model.capacity_factor=0.0 leaves no slot; use 1.25, or 1.0 for even loads")
+    if outside := [axis for axis in rules["experts"] if axis not in rules["batch"]]:
+        raise UserError(
+            f"rules.experts: axis {outside[0]} is not in rules.batch={list(rules['batch'])}: "
+            "tokens are sent along the axes of experts, each device its own; add it there"
+        )
+
+
+FAMILY_CHECKS = {
+    "llama": _check_llama, "gpt2": _check_gpt2, "mixtral": _check_moe, "qwen3_moe": _check_moe,
+}  # fmt: skip
 
 
 def _check_batch(config: Config, rules: Table, sizes: dict[str, int]) -> None:
@@ -372,6 +396,10 @@ def _check_weights(config: Config, rules: Table, storage: Table, sizes: dict[str
         ("layers", "model.num_layers", m.num_layers),
     ]  # fmt: skip
     dims += [("norm", "model.head_dim", m.head_dim)] if m.qk_norm else []
+    if "num_experts" in vars(m):
+        dims += [("experts", "model.num_experts", vars(m)["num_experts"])]
+        dims += [("mlp", "model.expert_mlp_dim", vars(m)["expert_mlp_dim"])]
+        dims += [("mlp", "model.shared_expert_dim", vars(m)["shared_expert_dim"])]
     positions = vars(m).get("max_positions")  # of gpt2
     dims += [("positions", "model.max_positions", positions)] if positions else []
     for dim, name, size in dims:

@@ -267,7 +267,11 @@ def shrink(config: cfg.Config, meshes: Sequence[Sizes]) -> cfg.Config:
         mlp_dim=math.lcm(unit("mlp"), 16) * 3, vocab_multiple=multiple,
         vocab_size=multiple * max(2, -(-64 // multiple)) - 3,
         init_std=m.init_std * math.sqrt(max(1.0, m.embed_dim / embed)),
+        sliding_window=min(m.sliding_window, length // 3),
     )  # fmt: skip
+    for name in ("expert_mlp_dim", "shared_expert_dim"):
+        if vars(m).get(name):
+            smaller[name] = math.lcm(unit("mlp"), 16)
     if "max_positions" in fields:
         smaller["max_positions"] = math.lcm(length, unit("positions"))
     kernels = config.attention.backend in ("splash", "cudnn")

@@ -10,6 +10,7 @@ import tiny
 import torch
 import transformers
 from safetensors.numpy import load_file
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from jaxlm import interop
 from jaxlm.interop.hugging_face import read_model, tensors, to_theirs
@@ -32,6 +33,13 @@ GPT2 = dict(
     n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=301, initializer_range=0.2,
     attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
+MIXTRAL = LLAMA | dict(
+    num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2, router_aux_loss_coef=0.3
+)
+QWEN3_MOE = LLAMA | dict(
+    num_experts=8, num_experts_per_tok=3, num_key_value_heads=2, head_dim=16,
+    moe_intermediate_size=24, router_aux_loss_coef=0.3,
+)  # fmt: skip
 MODELS = {
     "llama, untied": ("llama", LLAMA | dict(num_key_value_heads=2, tie_word_embeddings=False)),
     "llama, tied": ("llama", LLAMA | dict(num_key_value_heads=4, tie_word_embeddings=True)),
@@ -39,7 +47,14 @@ MODELS = {
     "llama, head_dim": ("llama", LLAMA | dict(num_key_value_heads=2, head_dim=16)),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied, n_inner": ("gpt2", GPT2 | dict(tie_word_embeddings=False, n_inner=48)),
+    "mixtral": ("mixtral", MIXTRAL | dict(tie_word_embeddings=False)),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=True)),
+    "qwen3_moe, gates as they are": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=False)),
 }
+KINDS = {
+    "llama": transformers.LlamaConfig, "gpt2": transformers.GPT2Config,
+    "mixtral": transformers.MixtralConfig, "qwen3_moe": transformers.Qwen3MoeConfig,
+}  # fmt: skip
 MESHES = {"one device": (1, []), "fsdp x tensor": (4, ["mesh.fsdp=2", "mesh.tensor=2"])}
 
 
@@ -50,7 +65,7 @@ def theirs(tmp_path_factory):
     @functools.cache
     def make(case):
         family, values = MODELS[case]
-        kind = {"llama": transformers.LlamaConfig, "gpt2": transformers.GPT2Config}[family]
+        kind = KINDS[family]
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(kind(**values)).float().eval()
         with torch.no_grad():  # norms are made with ones, biases with zeros
@@ -126,6 +141,31 @@ def error(ours, expected, norm=0.0):
     return np.abs(ours - expected).max() / max(np.abs(expected).max(), 1e-4 * norm)
 
 
+def in_files(case, name, array):
+    """(name, array) in the files of a parameter: in memory a layer's experts are one array."""
+    mixtral = case.startswith("mixtral")
+    name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
+    if ".experts." not in name:
+        return [(name, array)]
+    layer, which = name.rsplit(".", 1)
+    gate, down, up = ("w1", "w2", "w3") if mixtral else ("gate_proj", "down_proj", "up_proj")
+    if which == "down_proj":
+        return [(f"{layer}.{e}.{down}.weight", one) for e, one in enumerate(array)]
+    halves = [(e, np.split(one, 2)) for e, one in enumerate(array)]
+    return [
+        (f"{layer}.{e}.{part}.weight", half)
+        for e, pair in halves
+        for part, half in zip((gate, up), pair, strict=True)
+    ]
+
+
+def their_balance_loss(model, out):
+    """The sum over layers of transformers' loss for one layer, times its coefficient."""
+    c, logits = model.config, getattr(out, "router_logits", None) or ()
+    one = lambda x: load_balancing_loss_func((x,), c.num_local_experts, c.num_experts_per_tok)
+    return sum((c.router_aux_loss_coef * one(x) for x in logits), torch.zeros(()))
+
+
 @pytest.mark.parametrize("mesh_case", MESHES)
 @pytest.mark.parametrize("case", MODELS)
 def test_logits_and_gradients_are_those_of_transformers(case, mesh_case, theirs):
@@ -142,17 +182,23 @@ def test_logits_and_gradients_are_those_of_transformers(case, mesh_case, theirs)
     state = State(jnp.zeros((), jnp.int32), params, {}, ())
     step = jax.jit(lambda state, batch: loss_and_grads(config, structure, state, batch, layout))
     with jax.set_mesh(mesh):
-        loss, weight, grads, _ = step(state, place_batch(batch, config, layout, mesh))
+        loss, weight, grads, aux = step(state, place_batch(batch, config, layout, mesh))
     assert float(weight) == pytest.approx(batch["weights"].sum(), rel=1e-6)
     model.zero_grad()
-    scores = model(torch.tensor(batch["tokens"], dtype=torch.long)).logits
+    options = {"output_router_logits": True} if "experts_per_token" in vars(config.model) else {}
+    out = model(torch.tensor(batch["tokens"], dtype=torch.long), **options)
+    scores, balance = out.logits, their_balance_loss(model, out)
     targets, w = torch.tensor(batch["targets"], dtype=torch.long), torch.tensor(batch["weights"])
     nll = torch.nn.functional.cross_entropy(scores.transpose(1, 2), targets, reduction="none")
     log_z = torch.logsumexp(scores, -1)
-    ((w * (nll + 0.01 * log_z**2)).sum() / w.sum()).backward()
+    ((w * (nll + 0.01 * log_z**2)).sum() / w.sum() + balance).backward()
+    if options:
+        ours = float(aux["router/balance_loss"]) / float(weight)
+        assert ours == pytest.approx(balance.item(), rel=1e-5)
     mean = (w * nll).sum() / w.sum()
     assert float(loss) / float(weight) == pytest.approx(mean.item(), rel=1e-5)
-    wanted = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    grads_there = ((name, p.grad.numpy()) for name, p in model.named_parameters())
+    wanted = dict(pair for each in grads_there for pair in in_files(case, *each))
     norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in wanted.values()))
     grads = {name: np.asarray(g) / batch["weights"].sum() for name, g in grads.items()}
     places = tensors(config.model.family, structure.shapes, config.model.vocab_size)
@@ -189,10 +235,13 @@ def test_there_and_back_keeps_all_bits(case, theirs, tmp_path):
         ("gpt2", []),
         ("gpt2", ["model.tie_embeddings=false"]),
         ("gpt2", ["model.biases=false"]),
+        ("mixtral", []),
+        ("qwen3_moe", []),
     ],
 )
 def test_our_model_in_transformers_and_back(family, overrides, tmp_path):
-    axes = ["mesh.fsdp=2", "mesh.tensor=2", f"batch.sequences={ROWS}", "model.init_std=0.2"]
+    axis = "expert" if family in ("mixtral", "qwen3_moe") else "fsdp"
+    axes = [f"mesh.{axis}=2", "mesh.tensor=2", f"batch.sequences={ROWS}", "model.init_std=0.2"]
     config = tiny.config(family, *axes, *overrides)
     mesh, layout = open_mesh(config, jax.devices()[:4])
     with jax.set_mesh(mesh):

@@ -42,6 +42,7 @@ from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh, tr
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 READABLE = {"F32", "BF16", "F16"}
 HEAD = "lm_head.weight"
+LEADS = ("layer", "expert")  # what our leading dimensions are called in the names of theirs
 PathLike = str | os.PathLike[str]
 
 
@@ -54,7 +55,7 @@ class Tensor:
 
     name: str  # Hugging Face's
     ours: str
-    place: tuple[int, ...]  # leading indices into our array: its layer, where stacked
+    place: tuple[int, ...]  # leading indices into our array: layer and expert, where stacked
     pattern: str  # our dimensions -> theirs
     sizes: tuple[int, ...]  # of our dimensions, the vocabulary without its padding
 
@@ -84,7 +85,7 @@ def tensors(family: str, shapes: Mapping[str, tuple[int, ...]], vocab_size: int)
         lead, sizes = shape[: -len(letters)], shape[-len(letters) :]
         sizes = tuple(vocab_size if x == "v" else n for x, n in zip(letters, sizes, strict=True))
         for place in itertools.product(*map(range, lead)):
-            name = template.format(layer=place[0] if place else 0)
+            name = template.format(**dict(zip(LEADS, place)))  # noqa: B905
             found.append(Tensor(name, ours, place, pattern, sizes))
     return found
 
@@ -392,7 +393,7 @@ def import_run(source: PathLike, out: PathLike, overrides: Sequence[str]) -> Non
         with jax.set_mesh(mesh):
             structure = model_structure(config.model, layout)
             arrays = load_params(source, structure, layout, mesh)
-            chosen = trained(arrays, config.optimizer.train)
+            chosen = trained(structure.weights, config.optimizer.train)
             params = {name: array for name, array in arrays.items() if name in chosen}
             fixed = {name: array for name, array in arrays.items() if name not in chosen}
             state = State(jnp.zeros((), jnp.int32), params, fixed, ())

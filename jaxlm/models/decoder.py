@@ -13,7 +13,7 @@ from jax.sharding import reshard
 from jaxlm import config as cfg
 from jaxlm.models import family_module
 from jaxlm.models.layers import normal
-from jaxlm.sharding import SUMMED, Layout, wide_einsum
+from jaxlm.sharding import PRODUCT, SUMMED, Layout, wide_einsum
 
 nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
@@ -121,7 +121,7 @@ def rematerialize(body, remat: cfg.Remat):
 def _keep_dots(primitive, *operands, **params) -> bool:
     """Keep products with weights; of those whose sum is still spread over devices, the sum."""
     if primitive.name == "name":
-        return params["name"] == SUMMED
+        return params["name"] in (SUMMED, PRODUCT)
     if primitive.name == "dot_general" and not params["dimension_numbers"][0][0]:
         return False  # a bias: nothing is summed
     sharding = params.get("out_sharding")

@@ -141,11 +141,11 @@ def from_hugging_face(hf: dict) -> dict:
         "tie_embeddings": hf.get("tie_word_embeddings", False),
         "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
         "init_std": hf.get("initializer_range", 0.02),
-        **_rope_from_hugging_face(hf),
+        **rope_from_hugging_face(hf),
     }
 
 
-def _rope_from_hugging_face(hf: dict) -> dict:
+def rope_from_hugging_face(hf: dict) -> dict:
     """Of rope_parameters (transformers 5), or of rope_theta and rope_scaling."""
     key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
     rope = hf.get(key) or {}

@@ -29,13 +29,12 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
 from jaxlm import config as cfg
-from jaxlm.loss import split_batch, sum_losses, token_losses
+from jaxlm.loss import UPDATE, read_aux, split_batch, sum_losses, token_losses
 from jaxlm.models import family_module
 from jaxlm.models.decoder import run_group
 from jaxlm.sharding import Layout, partitions, wide
 from jaxlm.state import Arrays, Structure
 
-UPDATE = "update/"  # in the name of an aux: a sum over tokens, not a mean
 TABLES = ("embed", "positions")  # parameters of the embedding
 
 
@@ -134,7 +133,8 @@ def accumulate(
         carry, _ = jax.lax.scan(step, carry, jnp.arange(first, last))
     grads = {name: _from_chunks(grad) for name, grad in carry.layers.items()}
     aux = {name: _whole(_from_chunks(value)) for name, value in carry.aux.items()}
-    return {**carry.sums, **aux}, {name: (grads | carry.outer)[name] for name in params}
+    _, aux = read_aux(aux, jnp.ones(()))  # they are weighted already
+    return carry.sums | aux, {name: (grads | carry.outer)[name] for name in params}
 
 
 def losses_of_rows(config, structure: Structure, params: Arrays, fixed: Arrays, batch, layout):

@@ -1,0 +1,76 @@
+"""Qwen3-MoE: many small experts, and norms on queries and keys (arXiv:2505.09388).
+
+Shapes: as in moe.py; H query heads, K kv heads, C head_dim in the name map.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxlm import config as cfg
+from jaxlm.models import moe
+from jaxlm.models.layers import RMSNorm
+from jaxlm.models.moe import Block, encode_positions, groups, learned_positions, update_fixed
+
+__all__ = ["Block", "encode_positions", "groups", "learned_positions", "update_fixed"]
+Norm = RMSNorm
+
+
+@cfg.section
+class Config(moe.Config):
+    """The keys of `model:` when model.family is qwen3_moe."""
+
+    rope_theta: float = cfg.key(1e6, "base of the rotary wavelengths", changes="recompiles numbers")
+
+
+# Hugging Face: see llama.py; a leading layer and a leading expert are places in our arrays.
+PREFIX = "model."
+IGNORED = ("*.rotary_emb.inv_freq",)
+_EXPERT = moe.LAYER + "mlp.experts.{expert}."
+NAMES: dict[str, tuple[str, str]] = moe.NAMES | {
+    "groups.0.0.attention.q_norm.scale": ("c->c", moe.LAYER + "self_attn.q_norm.weight"),
+    "groups.0.0.attention.k_norm.scale": ("c->c", moe.LAYER + "self_attn.k_norm.weight"),
+    "groups.0.0.moe.router": ("de->ed", moe.LAYER + "mlp.gate.weight"),
+    "groups.0.0.moe.gate": ("df->fd", _EXPERT + "gate_proj.weight"),
+    "groups.0.0.moe.down": ("fd->df", _EXPERT + "down_proj.weight"),
+    "groups.0.0.moe.up": ("df->fd", _EXPERT + "up_proj.weight"),
+}
+
+
+def from_hugging_face(hf: dict) -> dict[str, Any]:
+    """The values of `model:` for a config.json; UserError for what this family lacks."""
+    for key, works in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if hf.get(key, works) != works:
+            raise cfg.UserError(
+                f"{key}={hf[key]} is not supported; {works} is: all layers have experts"
+            )
+    for key in ("attention_bias", "use_sliding_window"):
+        if hf.get(key):
+            raise cfg.UserError(f"{key}={hf[key]} is not supported; false is")
+    count = "num_experts" if "num_experts" in hf else "num_local_experts"  # the latter: version 5
+    return moe.from_hugging_face(hf) | {
+        "family": "qwen3_moe",
+        "qk_norm": True,
+        "num_experts": hf[count],
+        "mlp_dim": hf.get("intermediate_size", 0),
+        "expert_mlp_dim": hf["moe_intermediate_size"],
+        "normalize_gates": hf.get("norm_topk_prob", False),
+    }
+
+
+def to_hugging_face(config: Config, max_positions: int = 2048) -> dict[str, Any]:
+    """The config.json that transformers 4 and 5 read; `max_positions` is what it promises."""
+    c = config
+    moe.refuse_export(c, "Qwen3-MoE", {"qk_norm": True, "sliding_window": 0})
+    return moe.to_hugging_face(c, max_positions) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "intermediate_size": c.mlp_dim or c.expert_mlp_dim,
+        "moe_intermediate_size": c.expert_mlp_dim,
+        "num_experts": c.num_experts,
+        "norm_topk_prob": c.normalize_gates,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+        "use_sliding_window": False,
+    }
