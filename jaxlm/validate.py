@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from jaxlm.config import AXES, DIMS, RULES, STORAGE, Config, Mesh, UserError, padded_vocab
@@ -40,12 +42,47 @@ def validate(config: Config, num_devices: int | None = None) -> None:
         sizes = resolve_mesh(config.mesh, num_devices)
     _check_dcn(config.mesh, sizes, num_devices is not None)
     _check_tables(config)
+    problems = dict.fromkeys(layout_problems(config, sizes))
+    if problems:
+        near = near_meshes(config, sizes)
+        hint = f"; nearest meshes that fit: {' or '.join(near)}" if near else ""
+        raise UserError("; and ".join(problems) + hint)
+
+
+def layout_problems(config: Config, sizes: dict[str, int]) -> Iterator[str]:
+    """Every dimension that its axes do not fit, each with the nearest values that do."""
     rules, storage = RULES | config.rules, STORAGE | config.storage
-    _check_arrays(rules, sizes)
-    _check_heads(config, rules, storage, sizes)
-    _check_batch(config, rules, sizes)
-    _check_pipeline(config, rules, storage, sizes)
-    _check_weights(config, rules, storage, sizes)
+    yield from _check_arrays(rules, sizes)
+    yield from _check_heads(config, rules, storage, sizes)
+    yield from _check_batch(config, rules, sizes)
+    yield from _check_pipeline(config, rules, storage, sizes)
+    yield from _check_weights(config, rules, storage, sizes)
+
+
+def near_meshes(config: Config, sizes: dict[str, int], count: int = 3) -> list[str]:
+    """The meshes of as many devices that fit the config and change the fewest factors."""
+    axes = [axis for axis in AXES if sizes[axis] > 1 or axis in ("data", "fsdp", "tensor")]
+    ranked = []
+    for shape in _factors(math.prod(sizes.values()), len(axes)):
+        other = dict.fromkeys(AXES, 1) | dict(zip(axes, shape, strict=True))
+        if any(other[axis] % factor for axis, factor in config.mesh.dcn.items()):
+            continue
+        distance = sum(abs(math.log(other[axis] / sizes[axis])) for axis in AXES)
+        ranked.append((distance, shape, other))
+    found = (other for _, _, other in sorted(ranked, key=lambda each: each[:2]))
+    fit = (other for other in found if not any(layout_problems(config, other)))
+    name = lambda other: ",".join(f"{axis}={n}" for axis, n in other.items() if n > 1)
+    return [name(other) or "one device" for other in itertools.islice(fit, count)]
+
+
+def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write a number as an ordered product of so many factors."""
+    if parts == 1:
+        yield (number,)
+        return
+    for first in _divisors(number):
+        for rest in _factors(number // first, parts - 1):
+            yield (first, *rest)
 
 
 def resolve_mesh(mesh: Mesh, num_devices: int) -> dict[str, int]:
@@ -132,14 +169,14 @@ def _check_tables(config: Config) -> None:
                 raise UserError(f"{name}: {whole} and cannot be split; use {name}=[]")
 
 
-def _check_arrays(rules: Table, sizes: dict[str, int]) -> None:
+def _check_arrays(rules: Table, sizes: dict[str, int]) -> Iterator[str]:
     """No axis splits two dimensions of one array."""
     for dims in ARRAYS:
         owner: dict[str, str] = {}
         for dim in dims.split():
             for axis in rules.get(dim, ()):
                 if sizes[axis] > 1 and axis in owner:
-                    raise UserError(
+                    yield (
                         f"rules.{owner[axis]} and rules.{dim} both use axis {axis} "
                         f"(mesh.{axis}={sizes[axis]}), and an array has the dimensions "
                         f"({', '.join(dims.split())}); take {axis} from one of them"
@@ -163,7 +200,8 @@ def _check_run(config: Config) -> None:
             f"before the end; use checkpoint.keep_every=0 or checkpoint.every={keep_every}"
         )
     if keep_every:
-        _divide("checkpoint.keep_every", keep_every, {"checkpoint.every": every})
+        for problem in _divide("checkpoint.keep_every", keep_every, {"checkpoint.every": every}):
+            raise UserError(problem)
 
 
 def _check_devices(config: Config) -> None:
@@ -304,89 +342,95 @@ FAMILY_CHECKS = {
 }  # fmt: skip
 
 
-def _check_batch(config: Config, rules: Table, sizes: dict[str, int]) -> None:
+def _check_batch(config: Config, rules: Table, sizes: dict[str, int]) -> Iterator[str]:
     b, loss = config.batch, config.loss
     microbatches = {"batch.microbatches": b.microbatches}
-    _divide("batch.sequences", b.sequences, _axes(rules, "batch", sizes) | microbatches)
+    yield from _divide("batch.sequences", b.sequences, _axes(rules, "batch", sizes) | microbatches)
     name, length = "batch.sequence_length", b.sequence_length
-    _divide(name, length, _axes(rules, "residual_seq", sizes))
+    yield from _divide(name, length, _axes(rules, "residual_seq", sizes))
     split = _axes(rules, "seq", sizes)
-    _divide(name, length, split | {"loss.chunks": loss.chunks})
+    yield from _divide(name, length, split | {"loss.chunks": loss.chunks})
     if split and config.attention.context != "all_to_all":  # two pieces of it on each device
-        _divide(name, length, split, pieces=2)
+        yield from _divide(name, length, split, pieces=2)
 
 
-def _check_pipeline(config: Config, rules: Table, storage: Table, sizes: dict[str, int]) -> None:
+def _check_pipeline(
+    config: Config, rules: Table, storage: Table, sizes: dict[str, int]
+) -> Iterator[str]:
     """Layers divide into chunks, and with repeats microbatches go in turns of all stages."""
     stages, repeats, count = sizes["stage"], config.pipeline.repeats, config.batch.microbatches
     if stages == 1:
         if repeats > 1:
-            raise UserError(
+            yield (
                 f"pipeline.repeats={repeats} has no effect with mesh.stage=1; "
                 "use pipeline.repeats=1 or mesh.stage=2"
             )
         return
     if "stage" not in rules["layers"]:
-        raise UserError(
+        yield (
             f"rules.layers=[] with mesh.stage={stages}: layers live on stages; "
             "use rules.layers=[stage] or mesh.stage=1"
         )
     misplaced = [dim for dim, axes in rules.items() if "stage" in axes]
     misplaced = [dim for dim in misplaced if dim not in ("layers", "vocab")]
     if misplaced:
-        raise UserError(f"rules.{misplaced[0]}: stages split layers and vocab only; drop stage")
+        yield (f"rules.{misplaced[0]}: stages split layers and vocab only; drop stage")
     if at_rest := [dim for dim, axes in config.storage.items() if "stage" in axes]:
-        raise UserError(f"storage.{at_rest[0]}: layers rest on their stage; drop stage")
+        yield (f"storage.{at_rest[0]}: layers rest on their stage; drop stage")
     groups = family_module(config.model.family).groups(config.model)
     if len(groups) > 1:
         each = ", ".join(str(number) for _, number in groups)
-        raise UserError(
+        yield (
             f"mesh.stage={stages}: model.family={config.model.family} has {len(groups)} groups of "
             f"layers here ({each}), and stages split one; use mesh.stage=1"
         )
     factors = {"mesh.stage": stages, "pipeline.repeats": repeats}
     pattern, number = groups[0]
     name = "model.num_layers" if len(pattern) == 1 else f"model.num_layers / {len(pattern)}"
-    _divide(name, number, factors)
+    yield from _divide(name, number, factors)
     if repeats > 1:
-        _divide("batch.microbatches", count, {"mesh.stage": stages})
+        yield from _divide("batch.microbatches", count, {"mesh.stage": stages})
     # Generation holds a part of every layer on every stage (generate.py).
     embed = _axes(rules, "embed", sizes) | _axes(storage, "embed", sizes)
-    _divide("model.embed_dim", config.model.embed_dim, embed | {"mesh.stage": stages})
+    yield from _divide("model.embed_dim", config.model.embed_dim, embed | {"mesh.stage": stages})
 
 
-def _check_heads(config: Config, rules: Table, storage: Table, sizes: dict[str, int]) -> None:
+def _check_heads(
+    config: Config, rules: Table, storage: Table, sizes: dict[str, int]
+) -> Iterator[str]:
     """Query heads divide; kv heads divide too, or are fewer than their axes and are replicated."""
     m = config.model
     if m.num_heads % m.num_kv_heads:
         near = _join(_near_divisors(m.num_heads, m.num_kv_heads))
-        raise UserError(
+        yield (
             f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; "
             f"nearest: model.num_kv_heads={near}"
         )
     heads = _axes(rules, "heads", sizes) | _axes(storage, "heads", sizes)
-    _divide("model.num_heads", m.num_heads, heads)
+    yield from _divide("model.num_heads", m.num_heads, heads)
     kv, ways = m.num_kv_heads, _axes(rules, "kv_heads", sizes)
     count = math.prod(ways.values())
     if kv % count and count % kv:
         fits = [n for n in _divisors(m.num_heads) if kv % n == 0 or n % kv == 0]
         near = [*[n for n in fits if n < count][-1:], *[n for n in fits if n > count][:1]]
         axis = next(iter(ways)) if len(ways) == 1 else "their product"
-        raise UserError(
+        yield (
             f"model.num_kv_heads={kv} is not divisible by {_product(ways)}; nearest: "
             f"{axis}={_join(near)}, or rules.kv_heads=[] to replicate them"
         )
     if config.attention.context == "all_to_all":  # kv heads are repeated
         parts = _axes(rules, "heads", sizes) | _axes(rules, "seq", sizes)
-        _divide("model.num_heads", m.num_heads, parts)
+        yield from _divide("model.num_heads", m.num_heads, parts)
     extra = _axes(storage, "kv_heads", sizes)
     if extra:
-        _divide("model.num_kv_heads", kv, (ways if count <= kv else {}) | extra)
+        yield from _divide("model.num_kv_heads", kv, (ways if count <= kv else {}) | extra)
     # Where the config does not say, the cache follows kv_heads.
-    _divide("model.num_kv_heads", kv, _axes(config.rules, "cache_kv_heads", sizes))
+    yield from _divide("model.num_kv_heads", kv, _axes(config.rules, "cache_kv_heads", sizes))
 
 
-def _check_weights(config: Config, rules: Table, storage: Table, sizes: dict[str, int]) -> None:
+def _check_weights(
+    config: Config, rules: Table, storage: Table, sizes: dict[str, int]
+) -> Iterator[str]:
     """Every dimension of a weight divides by its axes, in use and at rest."""
     m = config.model
     rows = padded_vocab(m)
@@ -403,12 +447,12 @@ def _check_weights(config: Config, rules: Table, storage: Table, sizes: dict[str
     positions = vars(m).get("max_positions")  # of gpt2
     dims += [("positions", "model.max_positions", positions)] if positions else []
     for dim, name, size in dims:
-        _divide(name, size, _axes(rules, dim, sizes) | _axes(storage, dim, sizes))
+        yield from _divide(name, size, _axes(rules, dim, sizes) | _axes(storage, dim, sizes))
     ways = _axes(rules, "vocab", sizes) | _axes(storage, "vocab", sizes)
     unit = math.prod(ways.values())
     if rows % unit:
         near = _join(_near_divisors(rows, unit))
-        raise UserError(
+        yield (
             f"model.vocab_size={m.vocab_size}, padded to {rows}, is not divisible by "
             f"{_product(ways)}; use a product of {near}, or "
             f"model.vocab_multiple={math.lcm(m.vocab_multiple, unit)}"
@@ -420,8 +464,8 @@ def _axes(table: Table, dim: str, sizes: dict[str, int]) -> dict[str, int]:
     return {f"mesh.{axis}": sizes[axis] for axis in table.get(dim, ()) if sizes[axis] > 1}
 
 
-def _divide(name: str, value: int, factors: dict[str, int], pieces: int = 1) -> None:
-    """Refuse a value that `pieces` times the product of the factors does not divide."""
+def _divide(name: str, value: int, factors: dict[str, int], pieces: int = 1) -> Iterator[str]:
+    """What is wrong if `pieces` times the product of the factors does not divide a value."""
     factors = {key: factor for key, factor in factors.items() if factor > 1}
     unit = pieces * math.prod(factors.values())
     if value % unit == 0:
@@ -432,7 +476,7 @@ def _divide(name: str, value: int, factors: dict[str, int], pieces: int = 1) -> 
         rest = unit // factor
         if value % rest == 0:
             fixes.append(f"{key}={_join(_near_divisors(value // rest, factor))}")
-    raise UserError(
+    yield (
         f"{name}={value} is not divisible by {f'{pieces} x ' if pieces > 1 else ''}"
         f"{_product(factors)}; nearest: {', or '.join(fixes)}"
     )

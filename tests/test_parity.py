@@ -48,6 +48,7 @@ MODELS = {
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied, n_inner": ("gpt2", GPT2 | dict(tie_word_embeddings=False, n_inner=48)),
     "mixtral": ("mixtral", MIXTRAL | dict(tie_word_embeddings=False)),
+    "mixtral, window": ("mixtral", MIXTRAL | dict(sliding_window=9)),
     "qwen3_moe": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=True)),
     "qwen3_moe, gates as they are": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=False)),
 }
