@@ -104,14 +104,15 @@ class MoE(nnx.Module):
         place_BSK = s.move(expert_BSK.astype(jnp.int32), "batch seq _")
         gate_BSK = s.move(gate_BSK, "batch seq _", over="mlp")
         h_BSD = s.move(x_BSD, "batch seq _", over="mlp")
-        dropped_BS = jnp.zeros(x_BSD.shape[:2])
+        none = c.num_experts  # no place: never a dropless one
         if c.dispatch == "dropless":
             y_BSD = experts.dropless(h_BSD, place_BSK, gate_BSK, weights, s)
         else:
             limit, stride = slots_per_expert(c, x_BSD.shape[1], s)
             place_BSK = experts.slots(place_BSK, real_BS, s, c.num_experts, limit, stride)
             y_BSD = experts.capacity(h_BSD, place_BSK, gate_BSK, weights, s, stride)
-            dropped_BS = jnp.sum(place_BSK == c.num_experts * stride, -1)
+            none = c.num_experts * stride
+        dropped_BS = jnp.sum(place_BSK == none, -1)
         if self.shared is not None:
             y_BSD += self.shared(h_BSD, s)
         here = lambda x_BS: s.move(x_BS, "batch residual_seq")
@@ -191,15 +192,15 @@ def statistics(c: Config, scores_BSE, logits_BSE, hit_BSKE, dropped_BS, real_BS)
     z_BS = jax.nn.logsumexp(logits_BSE, -1) ** 2
     p_BSE = jax.lax.stop_gradient(chances_BSE)
     entropy_BS = -jnp.sum(p_BSE * jnp.log(jnp.maximum(p_BSE, jnp.finfo(dtype).tiny)), -1)
-    columns_BSX = jnp.stack([z_BS, entropy_BS, dropped_BS.astype(dtype), jnp.ones_like(z_BS)], -1)
+    columns_BSX = jnp.stack([z_BS, entropy_BS, dropped_BS.astype(dtype)], -1)
     hits_BSE = jnp.sum(hit_BSKE, 2).astype(dtype)
     # Side by side, so that the devices add them up at once.
     all_BSX = jnp.concatenate([chances_BSE, hits_BSE, columns_BSX], -1)
     chance_E, load_E, sums = jnp.split(
         jnp.sum(jnp.where(real_BS[..., None], all_BSX, 0.0), (0, 1)), [E, 2 * E]
     )
-    z, entropy, dropped, count = sums
-    count = jnp.maximum(count, 1.0)
+    z, entropy, dropped = sums
+    count = jnp.maximum(jnp.sum(load_E) / c.experts_per_token, 1.0)  # tokens
     balance = E * jnp.sum(load_E / count * chance_E / count)
     weight = c.balance_coefficient if c.balance == "loss" else 0.0
     aux = {
