@@ -208,7 +208,7 @@ def make_batch(config: cfg.Config, layout: Layout, step: int) -> dict[str, np.nd
     """A batch of random documents, some cut at the end, some tokens without weight; seeded."""
     rng = np.random.default_rng([config.seed, step])
     shape = B, S = config.batch.sequences, config.batch.sequence_length
-    made = {name: np.zeros(shape, dtype) for name, dtype in FIELDS.items()}
+    made: dict[str, np.ndarray] = {name: np.zeros(shape, dtype) for name, dtype in FIELDS.items()}
     made["tokens"] = rng.integers(0, config.model.vocab_size, shape, np.int32)
     made["targets"] = rng.integers(0, config.model.vocab_size, shape, np.int32)
     made["weights"] = (rng.random(shape) < 0.9).astype(np.float32)

@@ -275,7 +275,7 @@ def refuse_export(config: Config, name: str, wanted: dict[str, Any]) -> None:
         raise cfg.UserError(f"model.balance=bias: Hugging Face's {name} has no such thing")
 
 
-def to_hugging_face(config: Config, max_positions: int) -> dict[str, Any]:
+def to_hugging_face(config: Any, max_positions: int) -> dict[str, Any]:
     """The part of config.json that the families write alike."""
     c = config
     return {

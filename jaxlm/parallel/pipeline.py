@@ -411,7 +411,7 @@ def _zeros_of(run: _Run, layers, frozen, outer, parts) -> _Carry:
         a.shape, wide(a.dtype),
         out_sharding=P(*partitions(jax.typeof(a).sharding.spec), unreduced=waits(name)),
     )  # fmt: skip
-    sums = dict.fromkeys(("loss", "weight", "z_loss"), jnp.zeros((), wide(x_ZBSD.dtype)))
+    sums: Arrays = dict.fromkeys(("loss", "weight", "z_loss"), jnp.zeros((), wide(x_ZBSD.dtype)))
     return _Carry(
         x_ZBSD, x_ZBSD, saved, {n: zeros(n, a) for n, a in layers.items()},
         {n: zeros(n, a) for n, a in outer.items()}, jax.tree.map(stacked, aux), sums,
