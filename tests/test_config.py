@@ -478,6 +478,19 @@ def test_devices_are_checked(base):
     assert "batch.sequences=16" in error_of(validate, config, 6)
 
 
+def test_all_that_does_not_fit_is_named_and_so_are_near_meshes(base):
+    config = load("base.yaml", ["mesh.tensor=3", "mesh.data=4"])
+    message = error_of(validate, config, 12)
+    for name in ("num_heads=8", "num_kv_heads=4", "vocab_size=1000, padded to 1024,"):
+        assert f"model.{name} is not divisible by mesh.tensor=3" in message
+    message = error_of(validate, load("base.yaml", ["mesh.tensor=16", "mesh.data=1"]), 16)
+    *_, hint = message.split("; nearest meshes that fit: ")
+    for mesh in hint.split(" or "):
+        sizes = [f"mesh.{part}" for part in mesh.split(",")]
+        validate(load("base.yaml", sizes), 16)
+    assert "tensor=8" in hint
+
+
 # Random mistakes.
 
 JUNK = [

@@ -9,7 +9,9 @@ import pytest
 import tiny
 
 from jaxlm import cli, configfile, optim, sharding, train, verify
+from jaxlm.attention import ring
 from jaxlm.models import layers
+from jaxlm.parallel import experts, pipeline
 
 CONFIGS = tiny.CONFIGS.parent.parent / "configs"
 
@@ -96,22 +98,76 @@ def wrong_start(monkeypatch):
     monkeypatch.setattr("jaxlm.models.decoder.normal", normal)
 
 
-MISTAKES = {
-    "a norm's scale misplaced": (misplaced_scale, "fsdp=2,tensor=2", "loss"),
-    "a sum over devices dropped": (dropped_sum, "fsdp=2,tensor=2", "loss"),
-    "a gradient counted twice": (scaled_gradients("down", 2), "data=2", "gradient of groups.0.0.d"),
-    "a gradient not summed": (scaled_gradients("scale", 0.5), "data=2", "gradient of final_norm"),
-    "a norm of gradients counted twice": (wrong_norm, "data=2", "gradient norm of all"),
-    "other initial values": (wrong_start, "data=2", "initial of embed"),
+def wrong_ring(monkeypatch):
+    """Keys and values go round the ring the other way than the queries believe."""
+
+    def shift(rule, blocks):
+        ring = [((i + 1) % rule.devices, i) for i in range(rule.devices)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, rule.axes, ring), blocks)
+
+    monkeypatch.setattr(ring, "_shift", shift)
+
+
+def ring_gradient_twice(monkeypatch):
+    """The backward pass of the ring counts the gradient of the values twice."""
+    true = ring._local_backward
+
+    def backward(*arrays):
+        dq, dk, dv = true(*arrays)
+        return dq, dk, 2 * dv
+
+    monkeypatch.setattr(ring, "_local_backward", backward)
+
+
+def wrong_stage(monkeypatch):
+    """Stages hand their activations to the stage before, not to the one after."""
+    true = pipeline._Run.shift
+    wrong = lambda self, x, by: true(self, x, -1 if by == 1 else by)
+    monkeypatch.setattr(pipeline._Run, "shift", wrong)
+
+
+def wrong_stage_backward(monkeypatch):
+    """Stages hand their cotangents to the stage after, not to the one before."""
+    true = pipeline._Run.shift
+    wrong = lambda self, x, by: true(self, x, 1 if by == -1 else by)
+    monkeypatch.setattr(pipeline._Run, "shift", wrong)
+
+
+def stay_at_home(monkeypatch):
+    """Tokens do not travel to their experts."""
+    monkeypatch.setattr(experts, "_all_to_all", lambda x, *_: x)
+
+
+STAGES = ["llama", "batch.microbatches=2", "model.num_layers=4"]
+MISTAKES = {  # mistake, mesh, config, the first thing that must differ
+    "a norm's scale misplaced": (misplaced_scale, "fsdp=2,tensor=2", ["llama"], "loss"),
+    "a sum over devices dropped": (dropped_sum, "fsdp=2,tensor=2", ["llama"], "loss"),
+    "a gradient counted twice": (
+        scaled_gradients("down", 2), "data=2", ["llama"], "gradient of groups.0.0.down",
+    ),
+    "a gradient not summed": (
+        scaled_gradients("scale", 0.5), "data=2", ["llama"], "gradient of final_norm.scale",
+    ),
+    "a norm of gradients counted twice": (
+        wrong_norm, "data=2", ["llama"], "gradient norm of all gradients",
+    ),
+    "other initial values": (wrong_start, "data=2", ["llama"], "initial of embed"),
+    "a wrong ring": (wrong_ring, "context=4", ["llama"], "loss"),
+    "a ring's gradient counted twice": (
+        ring_gradient_twice, "context=4", ["llama"], "gradient of ",
+    ),
+    "a wrong stage": (wrong_stage, "stage=4", STAGES, "loss"),
+    "a wrong stage, backward": (wrong_stage_backward, "stage=4", STAGES, "gradient of "),
+    "tokens at home": (stay_at_home, "expert=4", ["mixtral"], "loss"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_caught(name, monkeypatch):
-    plant, mesh, first = MISTAKES[name]
-    reference("llama")(False)  # without the mistake
+    plant, mesh, config, first = MISTAKES[name]
+    reference(*config)(False)  # without the mistake
     plant(monkeypatch)
-    result = check(mesh, "llama")
+    result = check(mesh, *config)
     assert not result.equal
     assert result.first.startswith(first)
 
