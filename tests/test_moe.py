@@ -348,7 +348,6 @@ MISTAKES = {
     "width": (["model.expert_mlp_dim=65", "mesh.tensor=2"], "model.expert_mlp_dim=65"),
     "shared width": (["model.shared_expert_dim=65", "mesh.tensor=2"], "model.shared_expert_dim=65"),
     "no slots": (["model.dispatch=capacity", "model.capacity_factor=0"], "model.capacity_factor"),
-    "stages": (["mesh.stage=2"], "model.dispatch=dropless: jax cannot map"),
     "batch": (["rules.batch=[data]", "mesh.expert=2"], "rules.experts: axis expert"),
 }
 
