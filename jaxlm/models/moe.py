@@ -197,10 +197,9 @@ def statistics(c: Config, scores_BSE, logits_BSE, hit_BSKE, dropped_BS, real_BS)
     # Side by side, so that the devices add them up at once.
     all_BSX = jnp.concatenate([chances_BSE, hits_BSE, columns_BSX], -1)
     sums_X = jnp.sum(jnp.where(real_BS[..., None], all_BSX, 0.0), (0, 1))
-    # Indexed: jax cannot map the gradient of unpacking where some of it is zero.
-    chance_E, load_E, z, entropy, dropped = sums_X[:E], sums_X[E : 2 * E], *(
-        sums_X[2 * E + i] for i in range(3)
-    )
+    # By index: jax cannot map the gradient of unpacking over stages where a part of it is zero.
+    z, entropy, dropped = (sums_X[2 * E + i] for i in range(3))
+    chance_E, load_E = sums_X[:E], sums_X[E : 2 * E]
     count = jnp.maximum(jnp.sum(load_E) / c.experts_per_token, 1.0)  # tokens
     balance = E * jnp.sum(load_E / count * chance_E / count)
     weight = c.balance_coefficient if c.balance == "loss" else 0.0

@@ -180,12 +180,13 @@ def _mappable(x_dim: int, y_dim: int, result: str) -> Callable:
     @product.def_vmap
     def mapped(size, has_axis, *arrays):
         del size
-        (place,) = {jax.typeof(x).sharding.spec[0] for x, has in zip(arrays, has_axis, strict=True) if has}
+        operands = lambda arrays: zip(arrays, has_axis, strict=True)
+        (place,) = {jax.typeof(x).sharding.spec[0] for x, has in operands(arrays) if has}
         if place is None:
             return jax.vmap(plain, [0 if has else None for has in has_axis])(*arrays), True
 
         def local(*arrays):  # local shards below
-            return product(*(x[0] if has else x for x, has in zip(arrays, has_axis, strict=True)))[None]
+            return product(*(x[0] if has else x for x, has in operands(arrays)))[None]
 
         specs = tuple(P(place) if has else P() for has in has_axis)
         axes = {place} if isinstance(place, str) else set(place)
