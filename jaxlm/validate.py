@@ -328,11 +328,6 @@ def _check_moe(config: Config, model: Any) -> None:
             f"model.experts_per_token={m.experts_per_token} is above model.num_experts="
             f"{m.num_experts}; a token is sent to {m.num_experts} at most"
         )
-    if m.dispatch == "dropless" and config.mesh.stage > 1:
-        raise UserError(
-            f"mesh.stage={config.mesh.stage} with model.dispatch=dropless: jax cannot map its "
-            "grouped product over stages; use model.dispatch=capacity or mesh.stage=1"
-        )
     if m.dispatch == "capacity" and not share:
         raise UserError("model.capacity_factor=0.0 leaves no slot; use 1.25, or 1.0 for even loads")
     if outside := [axis for axis in rules["experts"] if axis not in rules["batch"]]:

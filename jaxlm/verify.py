@@ -2,7 +2,8 @@
 
 Widths, layers and vocabulary become small; what makes the program what it is stays: the family,
 heads and experts, remat, microbatches, chunks, segments, rules. Compared are the initial parameters
-(bit for bit), loss, gradient norm, metrics, every gradient, and three updates of SGD and of AdamW.
+(bit for bit), loss, gradient norm, metrics, every gradient, three updates of SGD and of AdamW, and
+the fixed variables that these steps change.
 What differs in float32 (a mistake, a long sum, a token whose experts are nearly tied) is computed
 again in float64, where rounding is a 1e-9th of it and a mistake is as large as before.
 """
@@ -28,6 +29,7 @@ from jaxlm import config as cfg
 from jaxlm import optim
 from jaxlm.attention import SHORT
 from jaxlm.data.pack import FIELDS
+from jaxlm.loss import UPDATE, update_fixed
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import State, create_state, model_structure, open_mesh
 from jaxlm.train import loss_and_grads, make_updates
@@ -145,21 +147,23 @@ def _steps(config: cfg.Config, layout: Layout, mesh, start: State) -> Numbers:
     @functools.partial(jax.jit, compiler_options=FAST)
     def gradients(state: State, batch):
         loss, weight, grads, aux = loss_and_grads(config, structure, state, batch, layout)
+        fixed, _ = update_fixed(config.model, state.fixed, aux)
         mean = lambda tree: jax.tree.map(lambda x: x / weight, tree)
-        return mean(grads), {"loss": loss / weight, **mean(aux)}, optim.global_norm(mean(grads))
+        metrics = {"loss": loss / weight, **mean(aux)}
+        return mean(grads), metrics, optim.global_norm(mean(grads)), fixed
 
     found: Numbers = {}
     for kind, optimizer in _optimizers(config, structure.dims).items():
 
         @functools.partial(jax.jit, compiler_options=FAST)
-        def advance(state: State, grads, optimizer=optimizer):
+        def advance(state: State, grads, fixed, optimizer=optimizer):
             updates, opt, _ = make_updates(config.optimizer, optimizer, state, grads)
             params = jax.tree.map(jnp.add, state.params, updates)
-            return updates, State(state.step + 1, params, state.fixed, opt)
+            return updates, State(state.step + 1, params, fixed, opt)
 
         state = dataclasses.replace(start, opt=jax.jit(optimizer.init)(start.params))
         for step, batch in enumerate(batches):
-            grads, aux, norm = gradients(state, batch)
+            grads, aux, norm, fixed = gradients(state, batch)
             host = {name: np.asarray(g) for name, g in grads.items()}
             if not found:
                 found = {"loss": {"loss": np.asarray(aux.pop("loss"))}, "gradient": host}
@@ -167,7 +171,11 @@ def _steps(config: cfg.Config, layout: Layout, mesh, start: State) -> Numbers:
                 found["metric"] = {name: np.asarray(value) for name, value in aux.items()}
             if kind == "AdamW":
                 found["significant"] = _significant(host, found.get("significant"))
-            updates, state = advance(state, grads)
+            changed = [n.removeprefix(UPDATE) for n in aux if n.startswith(UPDATE)]
+            found["fixed"] = {
+                f"{name}, step {step}, {kind}": np.asarray(fixed[name]) for name in changed
+            } | found.get("fixed", {})
+            updates, state = advance(state, grads, fixed)
             found[f"{kind} update"] = {
                 f"{name}, step {step}": np.asarray(update) for name, update in updates.items()
             } | found.get(f"{kind} update", {})

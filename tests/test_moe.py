@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import PartitionSpec as P
 
 from jaxlm import checkpoint
 from jaxlm import config as cfg
@@ -223,6 +224,64 @@ def test_microbatches_hold_the_same_rows_on_every_mesh(data, references):
     assert expected[0] == pytest.approx(whole[0], rel=1e-6)
 
 
+def test_grouped_products_are_loops_over_groups_mapped_over_stages_or_not():
+    """And their gradients; with one operand not mapped, over a mesh axis and over none."""
+    config = tiny.config("mixtral", "mesh.stage=2", "mesh.data=2")
+    mesh, _ = open_mesh(config, jax.devices()[:4])
+    rng = np.random.default_rng(0)
+    x_ZRX, w_ZeXY = (rng.standard_normal(s) for s in ((2, 16, 4), (2, 3, 4, 6)))
+    sizes_Ze = np.array([[3, 0, 5], [1, 4, 2]], np.int32)  # for each 8 rows; one is in no group
+    x_ZRX[1, 7::8] = 0
+
+    def expected(w_eXY, x_RX, sizes_e):
+        group_R = np.resize(np.repeat(np.arange(4), [*sizes_e, 8 - sizes_e.sum()]), 16)
+        w_RXY = np.concatenate([w_eXY, np.zeros_like(w_eXY[:1])])[group_R]
+        y_RY = np.einsum("rx,rxy->ry", x_RX, w_RXY)
+        dw_RXY = np.einsum("rx,ry->rxy", x_RX, np.cos(y_RY))
+        dw = np.stack([dw_RXY[group_R == e].sum(0) for e in range(len(w_eXY))])
+        return y_RY, dw, np.einsum("ry,rxy->rx", np.cos(y_RY), w_RXY)
+
+    def one(x_RX, w_eXY, sizes_e, rows):
+        def layer(x_RX, w_eXY):
+            def local(x_RX, w_eXY, sizes_e):
+                return experts.grouped(x_RX, jax.lax.pcast(w_eXY, "data", to="varying"), sizes_e)
+
+            specs = (rows, P(), P())
+            return jax.shard_map(local, in_specs=specs, out_specs=rows)(x_RX, w_eXY, sizes_e)
+
+        y_RY, pull = jax.vjp(layer, x_RX, w_eXY)
+        return y_RY, *pull(jnp.cos(y_RY))[::-1]
+
+    with jax.set_mesh(mesh):
+        for stage, shared in (("stage", False), ("stage", True), (None, False)):
+            own_ZeXY = np.broadcast_to(w_ZeXY[:1], w_ZeXY.shape) if shared else w_ZeXY
+            put = lambda x, *spec: jax.device_put(
+                x.astype(np.float32) if x.dtype == np.float64 else x,
+                jax.sharding.NamedSharding(mesh, P(*spec)),
+            )
+            w = put(w_ZeXY[0]) if shared else put(w_ZeXY, stage)
+            arrays = put(x_ZRX, stage, "data"), w, put(sizes_Ze, stage)
+            run = jax.vmap(functools.partial(one, rows=P("data")), (0, None if shared else 0, 0))
+            found = jax.device_get(jax.jit(run)(*arrays))
+            for i, sizes_e in enumerate(sizes_Ze):
+                for a, b in zip(found, expected(own_ZeXY[i], x_ZRX[i], sizes_e), strict=True):
+                    np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5)
+
+
+def test_dropless_experts_and_biases_under_stages_are_the_same_run(data, references):
+    parts = "batch.microbatches=2"
+    config = make_config(
+        "qwen3_moe, as DeepSeek", data, parts, "mesh.stage=2", "mesh.expert=2", "mesh.tensor=2"
+    )
+    (expected, *_, state), gradients_there = references("qwen3_moe, as DeepSeek", parts)
+    losses, *_, own_state = tiny.run(config, 8, steps=10)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert_same_gradients(gradients(config, 8), gradients_there)
+    ((name, bias),) = state.fixed.items()
+    assert len(np.unique(bias)) > 2 and not np.array_equal(bias[0], bias[1])  # it can fail
+    np.testing.assert_allclose(own_state.fixed[name], bias, atol=1e-6)
+
+
 def test_tokens_travel_there_and_back_and_gradients_of_experts_stay(data):
     config = make_config("mixtral", data, "mesh.expert=4", "remat.policy=none")
     program = make_program(config, jax.devices()[:4])
@@ -348,7 +407,6 @@ MISTAKES = {
     "width": (["model.expert_mlp_dim=65", "mesh.tensor=2"], "model.expert_mlp_dim=65"),
     "shared width": (["model.shared_expert_dim=65", "mesh.tensor=2"], "model.shared_expert_dim=65"),
     "no slots": (["model.dispatch=capacity", "model.capacity_factor=0"], "model.capacity_factor"),
-    "stages": (["mesh.stage=2"], "model.dispatch=dropless: jax cannot map"),
     "batch": (["rules.batch=[data]", "mesh.expert=2"], "rules.experts: axis expert"),
 }
 

@@ -196,10 +196,10 @@ def statistics(c: Config, scores_BSE, logits_BSE, hit_BSKE, dropped_BS, real_BS)
     hits_BSE = jnp.sum(hit_BSKE, 2).astype(dtype)
     # Side by side, so that the devices add them up at once.
     all_BSX = jnp.concatenate([chances_BSE, hits_BSE, columns_BSX], -1)
-    chance_E, load_E, sums = jnp.split(
-        jnp.sum(jnp.where(real_BS[..., None], all_BSX, 0.0), (0, 1)), [E, 2 * E]
-    )
-    z, entropy, dropped = sums
+    sums_X = jnp.sum(jnp.where(real_BS[..., None], all_BSX, 0.0), (0, 1))
+    # By index: jax cannot map the gradient of unpacking over stages where a part of it is zero.
+    z, entropy, dropped = (sums_X[2 * E + i] for i in range(3))
+    chance_E, load_E = sums_X[:E], sums_X[E : 2 * E]
     count = jnp.maximum(jnp.sum(load_E) / c.experts_per_token, 1.0)  # tokens
     balance = E * jnp.sum(load_E / count * chance_E / count)
     weight = c.balance_coefficient if c.balance == "loss" else 0.0

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, reshard
 from jax.sharding import PartitionSpec as P
 
@@ -42,7 +43,7 @@ def dropless(x_BSD, expert_BSK, gate_BSK, weights: tuple, layout: Layout) -> jax
         route = _routes if axes else _sorted
         way = route(expert_N, choices, held, axes, ragged)
         rows_RD, gate_R1 = way.go(x_bsD.reshape(-1, x_bsD.shape[-1]), gate_N1)
-        product = lambda x, w: jax.lax.ragged_dot(x, w, way.sizes_e)
+        product = lambda x, w: grouped(x, w, way.sizes_e)
         return way.come(_mlp(rows_RD, gate_R1, weights, product)).reshape(x_bsD.shape)
 
     return _mapped(local, layout, (x_BSD, expert_BSK, gate_BSK), weights)
@@ -158,6 +159,65 @@ def _mlp(x, gate, weights: tuple, product) -> jax.Array:
     gate_w, up_w, down_w = weights
     hidden = jax.nn.silu(keep(product(x, gate_w))) * keep(product(x, up_w))
     return product((hidden * gate).astype(x.dtype), down_w)
+
+
+def _mappable(x_dim: int, y_dim: int, result: str) -> Callable:
+    """Products of x [R, .] and y, contracting a dimension of each, for each group of the rows R.
+
+    jax has no rule for one that is mapped over a mesh axis, as the pipeline's stages are. Here it
+    becomes a shard_map over that axis, so that it stays a product of each device's own; autodiff,
+    which cannot take a shard_map in another, does not see it (`grouped`).
+    """
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        (((x_dim,), (y_dim,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0] if result == "rows" else [],
+    )
+    whole = P(None, None) if result == "rows" else P(None, None, None)
+    plain = lambda x, y, sizes: jax.lax.ragged_dot_general(x, y, sizes, dims, out_sharding=whole)
+    product = custom_vmap(plain)
+
+    @product.def_vmap
+    def mapped(size, has_axis, *arrays):
+        del size
+        operands = lambda arrays: zip(arrays, has_axis, strict=True)
+        (place,) = {jax.typeof(x).sharding.spec[0] for x, has in operands(arrays) if has}
+        if place is None:
+            return jax.vmap(plain, [0 if has else None for has in has_axis])(*arrays), True
+
+        def local(*arrays):  # local shards below
+            return product(*(x[0] if has else x for x, has in operands(arrays)))[None]
+
+        specs = tuple(P(place) if has else P() for has in has_axis)
+        axes = {place} if isinstance(place, str) else set(place)
+        mapped = jax.shard_map(local, in_specs=specs, out_specs=P(place), axis_names=axes)
+        return mapped(*arrays), True
+
+    return product
+
+
+_rows_by_w = _mappable(1, 1, "rows")  # [R, X], [e, X, Y] -> [R, Y]
+_rows_by_transposed = _mappable(1, 2, "rows")  # [R, Y], [e, X, Y] -> [R, X]
+_outer = _mappable(0, 0, "groups")  # [R, X], [R, Y] -> [e, X, Y]
+
+
+@jax.custom_vjp
+def grouped(x_RX, w_eXY, sizes_e) -> jax.Array:
+    """Each row times the matrix of its group, `sizes` rows after one another each: [R, Y]."""
+    return _rows_by_w(x_RX, w_eXY, sizes_e)
+
+
+def _grouped_forward(x_RX, w_eXY, sizes_e):
+    return grouped(x_RX, w_eXY, sizes_e), (x_RX, w_eXY, sizes_e)
+
+
+def _grouped_backward(operands, grad_RY):
+    x_RX, w_eXY, sizes_e = operands
+    grad_eXY = _outer(x_RX, grad_RY, sizes_e)
+    return _rows_by_transposed(grad_RY, w_eXY, sizes_e), grad_eXY, None
+
+
+grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 class Way(NamedTuple):
