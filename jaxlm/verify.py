@@ -98,8 +98,8 @@ def errors(expected: Numbers, found: Numbers) -> Iterator[tuple[str, str, float]
     """(what, name, error) of every array: |a - b| / max(|b|, FLOOR x global norm), L2 norms.
 
     Initial values differ by 0 or by 1. AdamW divides a gradient by its own size, so that of one
-    that is rounding alone it makes a full step: there elements count whose gradient is above 10 %
-    of its tensor's, in tensors above the floor.
+    that is rounding alone it makes a full step: there elements count whose gradient is above half
+    the root mean square of its tensor, in tensors above the floor.
     """
     norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
     for what, arrays in expected.items():
@@ -191,7 +191,7 @@ def _significant(grads: dict[str, np.ndarray], before: dict | None) -> dict[str,
     norms = {name: np.linalg.norm(g.astype(np.float64)) for name, g in grads.items()}
     total = math.sqrt(sum(norm**2 for norm in norms.values()))
     keep = {
-        name: (abs(g) > 0.1 * norms[name] / math.sqrt(g.size)) & (norms[name] > FLOOR * total)
+        name: (abs(g) > 0.5 * norms[name] / math.sqrt(g.size)) & (norms[name] > FLOOR * total)
         for name, g in grads.items()
     }
     return keep if before is None else {name: keep[name] & before[name] for name in keep}
