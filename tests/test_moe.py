@@ -34,12 +34,8 @@ CASES = {
     "qwen3_moe, capacity": ("qwen3_moe", CAPACITY),
     "qwen3_moe, as DeepSeek": ("qwen3_moe", DEEPSEEK),
 }
-LAYOUTS = [
-    ("mixtral", 2, ["mesh.expert=2"]),
-    ("mixtral", 8, ["mesh.expert=4", "mesh.data=2"]),
-    ("mixtral", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=2"]),
+LAYOUTS = [  # those of test_every_layout.py apart
     ("mixtral", 4, ["mesh.tensor=4", "gather_at=step"]),
-    ("qwen3_moe, capacity", 8, ["mesh.expert=4", "mesh.fsdp=2"]),
     ("qwen3_moe, capacity", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.data=2"]),
     ("qwen3_moe, as DeepSeek", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=2"]),
 ]
@@ -151,7 +147,7 @@ def test_slots_go_to_first_choices_then_to_earlier_tokens(monkeypatch):
     )
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(slots()[0], [[10, 30], [0, 11], [1, 30], [30, 20]])
-        reverse = lambda length, layout: jnp.arange(length)[::-1]
+        reverse = lambda layout, length: jnp.arange(length)[::-1]
         monkeypatch.setattr(experts, "sequence_order", reverse)
         np.testing.assert_array_equal(slots()[0], [[10, 30], [30, 30], [1, 11], [0, 20]])
 
