@@ -71,6 +71,9 @@ def test_a_dcn_factor_runs_across_granules(granule):
     found = np.vectorize(lambda device: device.id // 4)(grid).squeeze()
     np.testing.assert_array_equal(found, [[0, 0], [0, 0], [1, 1], [1, 1]])
     assert len({device.id for device in grid.flat}) == 8
+    inner = _hybrid_grid(size({"data": 2, "fsdp": 4}), size({"fsdp": 2}), devices)
+    found = np.vectorize(lambda device: device.id // 4)(inner).squeeze()
+    np.testing.assert_array_equal(found, [[0, 0, 1, 1], [0, 0, 1, 1]])
     if granule != "simulated":
         with pytest.raises(UserError, match="mesh.dcn: data=4 is 4, and the devices are in 2 "):
             _hybrid_grid(size({"data": 4, "fsdp": 2}), size({"data": 4}), devices)
