@@ -69,7 +69,7 @@ def capacity(x_BSD, slot_BSK, gate_BSK, weights: tuple, layout: Layout, slots: i
             x_bECx = rows_Rx.reshape(batch, width // slots, slots, -1)
             x_EbCx = jnp.swapaxes(x_bECx, 0, 1)
             if context:  # each device has filled the slots of its own tokens
-                x_EbCx = jax.lax.psum_scatter(x_EbCx, context, scatter_dimension=2, tiled=True)
+                x_EbCx = _scatter_slots(x_EbCx, context)
             return _all_to_all(x_EbCx, axes, 0, 1)
 
         x_ebCD = go(take_sum(x_bsD.reshape(-1, embed), source_R1 // choices, place_nK))
@@ -77,7 +77,7 @@ def capacity(x_BSD, slot_BSK, gate_BSK, weights: tuple, layout: Layout, slots: i
         product = functools.partial(jnp.einsum, "ebcx,exy->ebcy")
         x_EbCD = _all_to_all(_mlp(x_ebCD, gate_ebC1, weights, product), axes, 1, 0)
         if context:
-            x_EbCD = jax.lax.all_gather(x_EbCD, context, axis=2, tiled=True)
+            x_EbCD = _gather_slots(x_EbCD, context)
         rows_RD = jnp.swapaxes(x_EbCD, 0, 1).reshape(-1, embed)
         return take_sum(rows_RD, place_nK, source_R1 // choices).reshape(x_bsD.shape)
 
@@ -161,23 +161,16 @@ def _mlp(x, gate, weights: tuple, product) -> jax.Array:
     return product((hidden * gate).astype(x.dtype), down_w)
 
 
-def _mappable(x_dim: int, y_dim: int, result: str) -> Callable:
-    """Products of x [R, .] and y, contracting a dimension of each, for each group of the rows R.
+def _mappable(plain: Callable) -> Callable:
+    """A function of whole local arrays, that can be mapped over a mesh axis.
 
-    jax has no rule for one that is mapped over a mesh axis, as the pipeline's stages are. Here it
-    becomes a shard_map over that axis, so that it stays a product of each device's own; autodiff,
-    which cannot take a shard_map in another, does not see it (`grouped`).
+    jax has no rule for a grouped product or a ragged exchange that is, as under the pipeline's
+    stages. Here it becomes a shard_map over that axis, in which each device runs its own; autodiff,
+    which cannot take a shard_map in another, must not see it: `plain` is within a custom_vjp.
     """
-    dims = jax.lax.RaggedDotDimensionNumbers(
-        (((x_dim,), (y_dim,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[0] if result == "rows" else [],
-    )
-    whole = P(None, None) if result == "rows" else P(None, None, None)
-    plain = lambda x, y, sizes: jax.lax.ragged_dot_general(x, y, sizes, dims, out_sharding=whole)
-    product = custom_vmap(plain)
+    function = custom_vmap(plain)
 
-    @product.def_vmap
+    @function.def_vmap
     def mapped(size, has_axis, *arrays):
         del size
         operands = lambda arrays: zip(arrays, has_axis, strict=True)
@@ -186,19 +179,33 @@ def _mappable(x_dim: int, y_dim: int, result: str) -> Callable:
             return jax.vmap(plain, [0 if has else None for has in has_axis])(*arrays), True
 
         def local(*arrays):  # local shards below
-            return product(*(x[0] if has else x for x, has in operands(arrays)))[None]
+            return function(*(x[0] if has else x for x, has in operands(arrays)))[None]
 
         specs = tuple(P(place) if has else P() for has in has_axis)
         axes = {place} if isinstance(place, str) else set(place)
-        mapped = jax.shard_map(local, in_specs=specs, out_specs=P(place), axis_names=axes)
-        return mapped(*arrays), True
+        each = jax.shard_map(local, in_specs=specs, out_specs=P(place), axis_names=axes)
+        return each(*arrays), True
 
-    return product
+    return function
 
 
-_rows_by_w = _mappable(1, 1, "rows")  # [R, X], [e, X, Y] -> [R, Y]
-_rows_by_transposed = _mappable(1, 2, "rows")  # [R, Y], [e, X, Y] -> [R, X]
-_outer = _mappable(0, 0, "groups")  # [R, X], [R, Y] -> [e, X, Y]
+def _grouped_product(x_dim: int, y_dim: int, y_groups: bool) -> Callable:
+    """(x [R, .], y, sizes) -> products that contract a dimension of each, by groups of rows."""
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        (((x_dim,), (y_dim,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0] if y_groups else [],
+    )
+    whole = P(None, None) if y_groups else P(None, None, None)
+    product = functools.partial(
+        jax.lax.ragged_dot_general, ragged_dot_dimension_numbers=dims, out_sharding=whole
+    )
+    return _mappable(lambda x, y, sizes: product(x, y, sizes))
+
+
+_rows_by_w = _grouped_product(1, 1, True)  # [R, X], [e, X, Y] -> [R, Y]
+_rows_by_transposed = _grouped_product(1, 2, True)  # [R, Y], [e, X, Y] -> [R, X]
+_outer = _grouped_product(0, 0, False)  # [R, X], [R, Y] -> [e, X, Y]
 
 
 @jax.custom_vjp
@@ -270,29 +277,53 @@ def _routes(expert_N, choices: int, held: int, axes: tuple[str, ...], ragged: bo
         jnp.cumsum(counts_pE, 1) - counts_pE, me * held, 1, keepdims=False
     )
     parts_p, receive_p = part * jnp.arange(peers), jnp.sum(counts_pe, 1)
-    there = (start_p, send_p, jnp.full(peers, part) * me, receive_p)
-    home = (parts_p, receive_p, theirs_p, send_p)
+    table = lambda *columns: tuple(x.astype(jnp.int32) for x in columns)
+    there = table(start_p, send_p, jnp.full(peers, part) * me, receive_p)
+    home = table(parts_p, receive_p, theirs_p, send_p)
     from_N, to_N = (order_N, back_N) if ragged else (source_R, place_N)
     token_X1, to_nK = from_N[:, None] // choices, to_N.reshape(-1, choices)
 
-    def exchange(rows, size, table):
-        if ragged:
-            zeros = jnp.zeros((size, rows.shape[-1]), rows.dtype)
-            table = (x.astype(jnp.int32) for x in table)
-            return jax.lax.ragged_all_to_all(rows, zeros, *table, axis_name=axes)
-        return _all_to_all(rows, axes, 0, 0)
+    def exchange(rows, size, *table):
+        return send(rows, size, *table, axes) if ragged else _all_to_all(rows, axes, 0, 0)
 
     def go(x_nD, gate_N1):
-        rows_RD = exchange(take_sum(x_nD, token_X1, to_nK), peers * part, there)
+        rows_RD = exchange(take_sum(x_nD, token_X1, to_nK), peers * part, there, home)
         gate_R1 = _all_to_all(take_sum(gate_N1, source_R[:, None], place_N[:, None]), axes, 0, 0)
         arrange = lambda x: take_sum(x, arrange_R[:, None], restore_R1)
         return arrange(rows_RD), arrange(gate_R1)
 
     def come(x_RD):
         rows_RD = take_sum(x_RD, restore_R1, arrange_R[:, None])
-        return take_sum(exchange(rows_RD, expert_N.size, home), to_nK, token_X1)
+        return take_sum(exchange(rows_RD, expert_N.size, home, there), to_nK, token_X1)
 
     return Way(go, come, jnp.sum(counts_pe, 0, dtype=jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 4))
+def send(rows, size: int, there: tuple, back: tuple, axes: tuple[str, ...]) -> jax.Array:
+    """[size, D]: rows sent to the peers along `axes` by a table, and 0 where none arrives.
+
+    `back` is the table by which they would return; with it the gradient is such an exchange too.
+    """
+
+    def move(rows, *table):
+        # Like `rows`, also in the axes that they vary over: else their gradient would be summed.
+        zeros = jnp.zeros_like(rows, shape=(size, rows.shape[-1]))
+        return jax.lax.ragged_all_to_all(rows, zeros, *table, axis_name=axes)
+
+    return _mappable(move)(rows, *there)
+
+
+def _send_forward(rows, size, there, back, axes):
+    return send(rows, size, there, back, axes), (there, back, jnp.zeros((rows.shape[0], 0)))
+
+
+def _send_backward(size, axes, tables, grad):
+    there, back, like = tables
+    return send(grad, like.shape[0], back, there, axes), None, None
+
+
+send.defvjp(_send_forward, _send_backward)
 
 
 @jax.custom_vjp
@@ -328,6 +359,29 @@ def _invert(place_N, size: int) -> jax.Array:
 
 def _count(expert_N, num_experts: int) -> jax.Array:
     return jnp.sum(expert_N[:, None] == jnp.arange(num_experts), 0, dtype=jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scatter_slots(x_EbCx, axes: tuple[str, ...]) -> jax.Array:
+    """The sum over `axes`, each device its part of the slots. jax cannot lower it mapped."""
+    scatter = lambda x: jax.lax.psum_scatter(x, axes, scatter_dimension=2, tiled=True)
+    return _mappable(scatter)(x_EbCx)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_slots(x_EbCx, axes: tuple[str, ...]) -> jax.Array:
+    """All slots, from the devices along `axes`: the transpose."""
+    return _mappable(lambda x: jax.lax.all_gather(x, axes, axis=2, tiled=True))(x_EbCx)
+
+
+_scatter_slots.defvjp(
+    lambda x, axes: (_scatter_slots(x, axes), None),
+    lambda axes, _, grad: (_gather_slots(grad, axes),),
+)
+_gather_slots.defvjp(
+    lambda x, axes: (_gather_slots(x, axes), None),
+    lambda axes, _, grad: (_scatter_slots(grad, axes),),
+)
 
 
 def _all_to_all(x, axes: tuple[str, ...], split: int, join: int) -> jax.Array:
