@@ -39,7 +39,7 @@ def dropless(x_BSD, expert_BSK, gate_BSK, weights: tuple, layout: Layout) -> jax
 
     def local(x_bsD, expert_bsK, gate_bsK, *weights):  # local shards below
         choices, held = expert_bsK.shape[-1], weights[0].shape[0]
-        expert_N, gate_N1 = expert_bsK.reshape(-1), gate_bsK.reshape(-1, 1)
+        expert_N, gate_N1 = expert_bsK.reshape(-1), gate_bsK.reshape(-1)[:, None]
         route = _routes if axes else _sorted
         way = route(expert_N, choices, held, axes, ragged)
         rows_RD, gate_R1 = way.go(x_bsD.reshape(-1, x_bsD.shape[-1]), gate_N1)
@@ -73,7 +73,7 @@ def capacity(x_BSD, slot_BSK, gate_BSK, weights: tuple, layout: Layout, slots: i
             return _all_to_all(x_EbCx, axes, 0, 1)
 
         x_ebCD = go(take_sum(x_bsD.reshape(-1, embed), source_R1 // choices, place_nK))
-        gate_ebC1 = go(take_sum(gate_bsK.reshape(-1, 1), source_R1, place_N[:, None]))
+        gate_ebC1 = go(take_sum(gate_bsK.reshape(-1)[:, None], source_R1, place_N[:, None]))
         product = functools.partial(jnp.einsum, "ebcx,exy->ebcy")
         x_EbCD = _all_to_all(_mlp(x_ebCD, gate_ebC1, weights, product), axes, 1, 0)
         if context:
