@@ -195,10 +195,10 @@ def llama_block(theirs, i, heads, m):
     w = lambda name: theirs[f"model.layers.{i}.{name}.weight"].T
     return {
         "attention_norm.scale": w("input_layernorm"),
-        "q": heads(w("self_attn.q_proj"), m.num_heads),
-        "k": heads(w("self_attn.k_proj"), m.num_kv_heads),
-        "v": heads(w("self_attn.v_proj"), m.num_kv_heads),
-        "o": w("self_attn.o_proj").reshape(m.num_heads, m.head_dim, m.embed_dim),
+        "attention.q": heads(w("self_attn.q_proj"), m.num_heads),
+        "attention.k": heads(w("self_attn.k_proj"), m.num_kv_heads),
+        "attention.v": heads(w("self_attn.v_proj"), m.num_kv_heads),
+        "attention.o": w("self_attn.o_proj").reshape(m.num_heads, m.head_dim, m.embed_dim),
         "mlp_norm.scale": w("post_attention_layernorm"),
         "gate": w("mlp.gate_proj"),
         "up": w("mlp.up_proj"),
