@@ -10,6 +10,7 @@ import tiny
 
 from jaxlm import cli, configfile, optim, sharding, train, verify
 from jaxlm.attention import ring
+from jaxlm.config import AXES
 from jaxlm.models import layers
 from jaxlm.parallel import experts, pipeline
 
@@ -207,14 +208,15 @@ def test_every_config_shrinks_and_keeps_its_structure(name):
 
 def test_documents_are_packed_as_in_training():
     config = tiny.config("llama")
-    batch = verify.make_batch(config, None, 0)
+    layout = sharding.make_layout(config, dict.fromkeys(AXES, 1), config.attention)
+    batch = verify.make_batch(config, layout, 0)
     segments, positions = batch["segments"], batch["positions"]
     for row in range(len(segments)):
         for segment in set(segments[row]) - {0}:
             place = positions[row][segments[row] == segment]
             assert place.tolist() == list(range(len(place)))
     assert (batch["weights"][segments == 0] == 0).all() and (segments == 0).any()
-    whole = verify.make_batch(tiny.config("llama", "data.segments=false"), None, 0)
+    whole = verify.make_batch(tiny.config("llama", "data.segments=false"), layout, 0)
     assert (whole["positions"] == range(config.batch.sequence_length)).all()
 
 
