@@ -78,7 +78,7 @@ def capacity(x_BSD, slot_BSK, gate_BSK, weights: tuple, layout: Layout, slots: i
         x_EbCD = _all_to_all(_mlp(x_ebCD, gate_ebC1, weights, product), axes, 1, 0)
         if context:
             x_EbCD = _gather_slots(x_EbCD, context)
-        rows_RD = jnp.swapaxes(x_EbCD, 0, 1).reshape(-1, embed)
+        rows_RD = jnp.swapaxes(x_EbCD, 0, 1).reshape(-1, embed)  # pyright: ignore
         return take_sum(rows_RD, place_nK, source_R1 // choices).reshape(x_bsD.shape)
 
     return _mapped(local, layout, (x_BSD, slot_BSK, gate_BSK), weights)
