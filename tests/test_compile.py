@@ -251,6 +251,35 @@ def large_weights(m: cfg.Model) -> int:
     return m.num_layers * layer + TABLES * m.embed_dim * cfg.padded_vocab(m)
 
 
+@needs_tpu
+def test_bytes_of_a_ring_on_tpu():
+    """Keys and values n-1 hops in each of three passes, less one that two share; gradients n."""
+    done = run("v5e:2x4", *MODEL, "mesh.context=4", "mesh.data=2")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["collectives"]
+    m = configfile.load(CONFIGS / "llama.yaml", MODEL).model
+    hop = 2 * (16 // 2) * (512 // 4) * m.num_kv_heads * m.head_dim  # elements of k and v
+    want = m.num_layers * hop * (2 * (3 * 3 - 1) + 4 * 4)  # bfloat16, and float32 sums
+    assert measured_bytes(rows)["collective-permute", ("context",)] == pytest.approx(want, rel=0.1)
+    once = [row for row in rows if row["axes"] == ["data"] and row["bytes"] > 1000]
+    assert [row["loops"] for row in once] == [0]
+    assert once[0]["bytes"] == pytest.approx(4 * large_weights(m) / 4, rel=0.01)
+
+
+@needs_tpu
+def test_bytes_of_a_pipeline_on_tpu():
+    """A hop each way in every tick but the last; gradients cross data once a step."""
+    done = run("v5e:2x4", *MODEL, "mesh.stage=2", "mesh.data=4", "batch.microbatches=4")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["collectives"]
+    m = configfile.load(CONFIGS / "llama.yaml", MODEL).model
+    hop, ticks = 2 * (16 // 4 // 4) * 512 * m.embed_dim, 4 + 2 - 1
+    assert measured_bytes(rows)["collective-permute", ("stage",)] == hop * (2 * ticks - 1)
+    once = [row for row in rows if row["axes"] == ["data"] and row["bytes"] > 1000]
+    assert [row["loops"] for row in once] == [0]
+    assert once[0]["bytes"] == pytest.approx(4 * large_weights(m) / 2, rel=0.01)
+
+
 def test_a_missing_compiler_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(cfg.UserError, match=r"libtpu is missing; pip install 'jaxlm\[plan-tpu\]'"):

@@ -1,5 +1,6 @@
 """Mixtures of experts: against loops over tokens, on many meshes, and what keeps the load even."""
 
+import dataclasses
 import functools
 import math
 
@@ -49,17 +50,21 @@ def make_config(case, data, *overrides):
 # One layer, against loops.
 
 
-def run_layer(count, *overrides, skew=0.0, segments=None):
+def run_layer(count, *overrides, skew=0.0, segments=None, double=False):
     """(output, aux, gradients of a sum, x, weights) of one layer of experts on some mesh."""
+    kind = np.float64 if double else np.float32
     config = tiny.config("mixtral", "model.router_z_loss=0.1", *overrides)
     mesh, layout = open_mesh(config, jax.devices()[:count])
     shape = (8, config.batch.sequence_length, config.model.embed_dim)
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape, np.float32)
     x[..., 0] += skew  # the first row of the router then favours some experts everywhere
+    if double:
+        layout = dataclasses.replace(layout, compute="float64", reduce="float64")
     with jax.set_mesh(mesh):
         layer = jax.jit(lambda: moe.MoE(config.model, layout, jax.random.key(1)))()
-        layer = jax.tree.map(lambda w: 5 * w, layer)  # so that experts differ
+    with jax.set_mesh(mesh), jax.enable_x64(double):
+        layer = jax.tree.map(lambda w: 5 * w.astype(kind), layer)  # so that experts differ
         place = lambda array, dims: jax.device_put(
             array, jax.sharding.NamedSharding(mesh, layout.spec(dims))
         )
@@ -70,7 +75,7 @@ def run_layer(count, *overrides, skew=0.0, segments=None):
             y, aux = layer(x, ids, layout)
             return jnp.sum(jnp.sin(y)), (y, aux)
 
-        (_, (y, aux)), grads = jax.jit(loss)(layer, place(x, "batch residual_seq _"))
+        (_, (y, aux)), grads = jax.jit(loss)(layer, place(x.astype(kind), "batch residual_seq _"))
         names = ("router", "gate", "up", "down")
         weights = {n: np.asarray(getattr(layer, n).get_value(), np.float64) for n in names}
     grads = {n: np.asarray(getattr(grads[0], n).get_value()) for n in names} | {
@@ -126,13 +131,15 @@ def padded_segments():
 def test_a_layer_is_a_loop_over_tokens(factor, count, mesh):
     dispatch = ["model.dispatch=capacity", f"model.capacity_factor={factor}"] if factor else []
     segments = padded_segments()
-    y, aux, _, x, weights = run_layer(count, *dispatch, *mesh, skew=1.0, segments=segments)
+    y, aux, _, x, weights = run_layer(
+        count, *dispatch, *mesh, skew=1.0, segments=segments, double=True
+    )
     limit = math.ceil(factor * 32 * 2 / 4) if factor else math.inf
     expected, expected_aux = by_hand(x, weights, limit, segments)
-    assert np.abs(y - expected).max() < 1e-6 * np.abs(expected).max() * 4
+    assert np.abs(y - expected).max() < 1e-12 * np.abs(expected).max()
     assert aux.keys() == expected_aux.keys()
     for name, value in expected_aux.items():
-        assert float(aux[name]) == pytest.approx(value, rel=1e-5, abs=1e-9), name
+        assert float(aux[name]) == pytest.approx(value, rel=1e-9, abs=1e-12), name
     assert (expected_aux["router/dropped"] > 0.05) == bool(factor)
 
 
