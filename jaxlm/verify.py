@@ -39,6 +39,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 FLOOR = 1e-4  # of the global norm: a smaller tensor is compared with this
 STEPS = 3
 LARGEST = 64  # devices of the config's own mesh that are simulated; above, its axes shrink to 2
+MOST = 512  # devices of a mesh that is asked for
 FAST = {"xla_backend_optimization_level": "0"}  # the same HLO, compiled in half the time
 Numbers = dict[str, dict[str, np.ndarray]]  # what -> name -> array
 Sizes = dict[str, int]  # of the axes of a mesh
@@ -342,7 +343,14 @@ def is_mesh(text: str) -> bool:
 
 def chosen_meshes(config: cfg.Config, texts: Sequence[str]) -> list[Sizes]:
     """The meshes that a command names, or the config's own."""
-    return [parse_mesh(text) for text in texts] or [own_mesh(config)]
+    meshes = [parse_mesh(text) for text in texts] or [own_mesh(config)]
+    for sizes in meshes:
+        if (count := math.prod(sizes.values())) > MOST:
+            raise cfg.UserError(
+                f"a mesh of {count} devices is too large to simulate; give at most {MOST}: what "
+                "an axis does wrong, it does at a size of 2 or 4"
+            )
+    return meshes
 
 
 def run(config: cfg.Config, meshes: Sequence[Sizes], as_json: bool) -> bool:

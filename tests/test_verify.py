@@ -234,6 +234,11 @@ def test_mistakes_in_a_mesh_are_one_line(text, message):
         verify.parse_mesh(text)
 
 
+def test_a_mesh_too_large_to_simulate_is_refused():
+    with pytest.raises(verify.cfg.UserError, match="a mesh of 100000 devices is too large"):
+        verify.chosen_meshes(tiny.config("llama"), ["fsdp=100000"])
+
+
 def test_a_mesh_that_cannot_work_is_refused_before_it_runs():
     config = configfile.load(CONFIGS / "quickstart.yaml")
     with pytest.raises(verify.cfg.UserError, match="model.num_heads=.* is not divisible by mesh.t"):

@@ -183,11 +183,22 @@ def to_hugging_face(config: Config, max_positions: int = 2048) -> dict:
             "high_freq_factor": c.rope_high_freq_factor,
             "original_max_position_embeddings": c.rope_original_length,
         }
-    return {
+    return shared_to_hugging_face(c, max_positions) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": c.embed_dim,
         "intermediate_size": c.mlp_dim,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": rope,
+    }
+
+
+def shared_to_hugging_face(config: cfg.Model, max_positions: int) -> dict:
+    """The part of config.json that Llama's relatives write alike."""
+    c = config
+    return {
+        "hidden_size": c.embed_dim,
         "num_hidden_layers": c.num_layers,
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads,
@@ -197,9 +208,5 @@ def to_hugging_face(config: Config, max_positions: int = 2048) -> dict:
         "rms_norm_eps": c.norm_epsilon,
         "initializer_range": c.init_std,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "max_position_embeddings": max_positions,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": rope,
     }

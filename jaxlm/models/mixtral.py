@@ -9,23 +9,21 @@ from typing import Any
 
 from jaxlm import config as cfg
 from jaxlm.models import moe
-from jaxlm.models.layers import RMSNorm
-from jaxlm.models.moe import Block, encode_positions, groups, learned_positions, update_fixed
+from jaxlm.models.moe import (
+    IGNORED,
+    PREFIX,
+    Block,
+    Config,
+    Norm,
+    encode_positions,
+    groups,
+    learned_positions,
+    update_fixed,
+)
 
-__all__ = ["Block", "encode_positions", "groups", "learned_positions", "update_fixed"]
-Norm = RMSNorm
-
-
-@cfg.section
-class Config(moe.Config):
-    """The keys of `model:` when model.family is mixtral."""
-
-    rope_theta: float = cfg.key(1e6, "base of the rotary wavelengths", changes="recompiles numbers")
-
-
+__all__ = ["IGNORED", "PREFIX", "Block", "Config", "Norm"]
+__all__ += ["encode_positions", "groups", "learned_positions", "update_fixed"]
 # Hugging Face: see llama.py; a leading layer and a leading expert are places in our arrays.
-PREFIX = "model."
-IGNORED = ("*.rotary_emb.inv_freq",)
 _EXPERT = moe.LAYER + "block_sparse_moe.experts.{expert}."
 NAMES: dict[str, tuple[str, str]] = moe.NAMES | {
     "groups.0.0.moe.router": ("de->ed", moe.LAYER + "block_sparse_moe.gate.weight"),

@@ -20,6 +20,7 @@ from jaxlm.models.layers import RMSNorm, SelfAttention, normal, rotary_frequenci
 from jaxlm.parallel import experts
 from jaxlm.sharding import Layout, wide
 
+Norm = RMSNorm
 SHAPE, NUMBERS = "recompiles checkpoint numbers", "recompiles numbers"
 
 
@@ -30,6 +31,7 @@ class Config(cfg.Model):
     mlp_dim: int = cfg.key(
         0, "hidden width of a dense MLP; no layer has one, it is kept for config.json", minimum=0
     )
+    rope_theta: float = cfg.key(1e6, "base of the rotary wavelengths", changes=NUMBERS)
     num_experts: int = cfg.key(cfg.REQUIRED, "routed experts of a layer", minimum=1, changes=SHAPE)
     experts_per_token: int = cfg.key(
         cfg.REQUIRED, "experts that a token is sent to", minimum=1, changes=NUMBERS
@@ -232,6 +234,7 @@ def learned_positions(config: Config) -> int:
 
 
 # Hugging Face (see llama.py): what the families with experts share.
+PREFIX, IGNORED = llama.PREFIX, llama.IGNORED
 LAYER = "model.layers.{layer}."
 MLP = ("gate", "up", "down")  # of Llama, which has one
 NAMES: dict[str, tuple[str, str]] = {
@@ -275,23 +278,11 @@ def refuse_export(config: Config, name: str, wanted: dict[str, Any]) -> None:
         raise cfg.UserError(f"model.balance=bias: Hugging Face's {name} has no such thing")
 
 
-def to_hugging_face(config: Any, max_positions: int) -> dict[str, Any]:
+def to_hugging_face(config: Config, max_positions: int) -> dict[str, Any]:
     """The part of config.json that the families write alike."""
-    c = config
-    return {
-        "hidden_size": c.embed_dim,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "vocab_size": c.vocab_size,
-        "tie_word_embeddings": c.tie_embeddings,
-        "rms_norm_eps": c.norm_epsilon,
-        "initializer_range": c.init_std,
-        "hidden_act": "silu",
-        "num_experts_per_tok": c.experts_per_token,
-        "router_aux_loss_coef": c.balance_coefficient,
-        "max_position_embeddings": max_positions,
-        "rope_theta": c.rope_theta,
+    return llama.shared_to_hugging_face(config, max_positions) | {
+        "num_experts_per_tok": config.experts_per_token,
+        "router_aux_loss_coef": config.balance_coefficient,
+        "rope_theta": config.rope_theta,
         "rope_scaling": None,
     }
