@@ -268,7 +268,7 @@ def shrink(config: cfg.Config, meshes: Sequence[Sizes]) -> cfg.Config:
     length *= -(-32 // length)
     multiple = math.lcm(unit("vocab"), 8)
     fields = {field.name for field in dataclasses.fields(m)}
-    width = math.lcm(unit("embed"), unit("norm"), 16)
+    width = math.lcm(unit("embed") * unit("layers"), unit("norm"), 16)  # generation: over both
     embed = width * -(-32 // width)
     head = math.lcm(unit("head_dim"), 8)
     smaller = dict(

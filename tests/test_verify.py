@@ -206,6 +206,12 @@ def test_every_config_shrinks_and_keeps_its_structure(name):
         assert getattr(small, field) == getattr(full, field)
 
 
+def test_a_large_mesh_still_divides_the_small_config():
+    full, sizes = configfile.load(CONFIGS / "llama3-405b.yaml"), {"stage": 2, "fsdp": 32}
+    small = verify.replace_mesh(verify.shrink(full, [sizes]), sizes)
+    verify.validate(small, 64)
+
+
 def test_documents_are_packed_as_in_training():
     config = tiny.config("llama")
     layout = sharding.make_layout(config, dict.fromkeys(AXES, 1), config.attention)
