@@ -40,7 +40,15 @@ def compile_row(name: str) -> str:
     """One row of the table; the compiler runs in a process of its own."""
     config, target, kind, overrides = ROWS[name]
     path = Path(__file__).parent.parent / "configs" / f"{config}.yaml"
-    command = [sys.executable, "-m", "jaxlm.compile", str(path), "--target", target, *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxlm.plan.compiled",
+        str(path),
+        "--target",
+        target,
+        *overrides,
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -245,11 +245,11 @@ def _check(args) -> None:
     import jax
 
     from jaxlm import lint
-    from jaxlm.compile import target_devices
     from jaxlm.parallel import pipeline
+    from jaxlm.plan.target import parse_target
     from jaxlm.state import model_structure, open_mesh
 
-    found = target_devices(args.target) if args.target else None
+    found = parse_target(args.target).devices() if args.target else None
     config = _start(args, args.config)
     mesh, layout = open_mesh(config, found)
     print(f"{args.config}: fits on {mesh.size} x {mesh.devices.flat[0].device_kind}")

@@ -83,6 +83,7 @@ def batch_losses(config: cfg.Config, model: Decoder, batch: dict, layout: Layout
     return nll_BS, z_BS, aux
 
 
+@jax.named_scope("head")
 def token_losses(hidden_BSD, head_VD, targets_BS, model: cfg.Model, layout: Layout, chunks: int):
     """-log p(target) and log(Z)^2 of every token, float32 [B, S] each.
 

@@ -39,7 +39,7 @@ logger = logging.getLogger("jaxlm")
 
 
 class Program(NamedTuple):
-    """What a config runs on a mesh; the trainer and compile.py share it."""
+    """What a config runs on a mesh; the trainer and plan/compiled.py share it."""
 
     mesh: Mesh
     layout: Layout
@@ -83,6 +83,7 @@ def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, op
     return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
 
+@jax.named_scope("optimizer")
 def make_updates(config: cfg.Optimizer, optimizer, state: State, grads: Arrays):
     """(what to add to the parameters, optimizer state, norm of the gradients before clipping)."""
     norm = optim.global_norm(grads)

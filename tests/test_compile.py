@@ -3,6 +3,7 @@
 CPU's compiler has no reduce-scatter: there an all-reduce stands for each.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 
 from jaxlm import attention, configfile
-from jaxlm import compile as compiler
 from jaxlm import config as cfg
+from jaxlm.plan import compiled as compiler
+from jaxlm.plan import hlo
+from jaxlm.plan.target import AbsentDevice, parse_target
 
 CONFIGS = Path(__file__).parent / "configs"
 WEIGHTS, NORMS, TABLES = 7, 3, 2  # of a layer: q k v o gate up down; norms with the final one
@@ -126,12 +129,12 @@ def check_bytes(found: Counter, want: Counter) -> None:
         assert abs(found[key] - want[key]) <= 0.1 * want[key] + slack, (key, found, want)
 
 
-def count(found: list[compiler.Collective], layout) -> Counter:
+def count(found: list[hlo.Collective], layout) -> Counter:
     """Arrays communicated, by (kind, axes, loops around), without scalars."""
     counted = Counter()
     for one in found:
         arrays = len(one.shapes) - one.scalars
-        counted[one.kind, compiler.mesh_axes(one.groups, layout), one.loops] += arrays
+        counted[one.kind, hlo.mesh_axes(one.groups, layout), one.loops] += arrays
     return +counted
 
 
@@ -139,7 +142,7 @@ def compile_tiny(num_devices: int, *overrides: str):
     config = configfile.load(CONFIGS / "llama.yaml", ["model.tie_embeddings=false", *overrides])
     program = compiler.make_program(config, jax.devices()[:num_devices])
     text = compiler.trace_train_step(config, program).lower().compile().as_text()
-    return config, program.layout, compiler.collectives(text)
+    return config, program.layout, hlo.collectives(text)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -149,7 +152,7 @@ def test_collectives_of_a_layout(name):
     want = expected(dict(layout.axes), config.batch.microbatches, config.gather_at, "cpu")
     assert count(found, layout) == want
     check_bytes(
-        measured_bytes(compiler.summarize(found, layout)),
+        measured_bytes(hlo.summarize(found, layout)),
         expected_bytes(config, dict(layout.axes), "cpu"),
     )
     assert sum(one.scalars for one in found) <= 5  # loss, weight, z-loss; the gradient's norm
@@ -181,10 +184,10 @@ needs_cuda = pytest.mark.skipif(
 
 
 def run(target: str, *overrides: str) -> subprocess.CompletedProcess:
-    """`python -m jaxlm.compile` in its own process: a crash of a compiler is an exit code."""
+    """`python -m jaxlm.plan.compiled` in its own process: a crash of a compiler is an exit code."""
     environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent.parent)}
     environment.pop("XLA_FLAGS", None)
-    command = [sys.executable, "-m", "jaxlm.compile", str(CONFIGS / "llama.yaml")]
+    command = [sys.executable, "-m", "jaxlm.plan.compiled", str(CONFIGS / "llama.yaml")]
     return subprocess.run(
         [*command, "--target", target, *overrides], env=environment, capture_output=True, text=True
     )
@@ -283,15 +286,40 @@ def test_bytes_of_a_pipeline_on_tpu():
 def test_a_missing_compiler_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(cfg.UserError, match=r"libtpu is missing; pip install 'jaxlm\[plan-tpu\]'"):
-        compiler.target_devices("v5e:2x4")
+        parse_target("v5e:2x4").devices()
     with pytest.raises(cfg.UserError, match=r"pip install 'jaxlm\[plan-gpu\]'"):
-        compiler.target_devices("h100:1x8")
+        parse_target("h100:1x8").devices()
 
 
-@pytest.mark.parametrize("target", ["v5e", "h100:8", "tpu:8", "v5e:2xx4", ""])
-def test_unknown_targets_are_one_line(target):
-    with pytest.raises(cfg.UserError, match="is not known; use a slice as v5e:2x4"):
-        compiler.target_devices(target)
+@pytest.mark.parametrize(
+    "target, says",
+    {
+        "v5e": "v5e has slices 1x1, 2x2, 2x4",
+        "v5p:4x4x5": "or any cube of 4s, as 8x8x16",
+        "h100:2x2x2": "use hosts x GPUs, as h100:1x8",
+        "2*h100:1x8": "is not known; use a TPU slice",
+        "tpu:8": "several as 2\\*v5p:4x4x4",
+        "v5e:2xx4": "is not known",
+        "": "target= is not known",
+    }.items(),
+)
+def test_unknown_targets_are_one_line(target, says):
+    with pytest.raises(cfg.UserError, match=says):
+        parse_target(target)
+
+
+@needs_tpu
+@needs_cuda
+@pytest.mark.parametrize(
+    "name",
+    ["v5e:2x4", "v6e:16x16", "v5p:4x4x8", "2*v5p:2x2x2", "v4:2x2x4", "tpu7x:2x2x2", "h100:2x8"],
+)
+def test_absent_devices_are_those_of_the_compiler(name):
+    """Number, kind, place and order, so that both make the same mesh."""
+    target, keys = parse_target(name), [field.name for field in dataclasses.fields(AbsentDevice)]
+    real = [AbsentDevice(*(getattr(device, key, 0) for key in keys)) for device in target.devices()]
+    real = [dataclasses.replace(device, coords=tuple(device.coords)) for device in real]
+    assert real == target.absent_devices()
 
 
 GROUPS = {
@@ -309,7 +337,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("text", GROUPS)
 def test_groups_in_every_syntax(text):
-    assert compiler.replica_groups(f"%x), channel_id=1, {text}, dimensions={{0}}") == GROUPS[text]
+    assert hlo.replica_groups(f"%x), channel_id=1, {text}, dimensions={{0}}") == GROUPS[text]
 
 
 HLO = """HloModule m, num_partitions=4
@@ -344,8 +372,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_halves_fusions_and_loops():
     everyone = ((0, 1, 2, 3),)
-    assert compiler.collectives(HLO) == [
-        compiler.Collective("all-gather", ("f32[8]",), 32, everyone, 1, 5),
-        compiler.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1, 5),
-        compiler.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0, 1),
+    assert hlo.collectives(HLO) == [
+        hlo.Collective("all-gather", ("f32[8]",), 32, everyone, 1, 5),
+        hlo.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1, 5),
+        hlo.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0, 1),
     ]

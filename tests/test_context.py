@@ -17,7 +17,7 @@ from test_attention import forward_and_gradients, open_layout
 
 from jaxlm import attention
 from jaxlm.attention import xla
-from jaxlm.compile import collectives
+from jaxlm.plan.hlo import collectives
 from jaxlm.sharding import sequence_order
 
 VARIANTS = ("ring", "all_gather", "all_to_all")

@@ -15,11 +15,12 @@ from jaxlm import checkpoint
 from jaxlm import config as cfg
 from jaxlm import train as train_module
 from jaxlm.cli import main
-from jaxlm.compile import collectives, mesh_axes, trace_train_step
 from jaxlm.data import load, open_split
 from jaxlm.metrics import flops_per_token
 from jaxlm.models import family_module, moe
 from jaxlm.parallel import experts
+from jaxlm.plan.compiled import trace_train_step
+from jaxlm.plan.hlo import collectives, mesh_axes
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import abstract_state, create_state, init_params, model_structure, open_mesh
 from jaxlm.train import loss_and_grads, make_program

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxlm import compile as compiler
 from jaxlm import config as cfg
 from jaxlm import evaluate, generate
 from jaxlm.data import load, open_split
 from jaxlm.models import llama
 from jaxlm.parallel import pipeline
+from jaxlm.plan import compiled as compiler
+from jaxlm.plan import hlo
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import create_state
 from jaxlm.train import loss_and_grads, make_program
@@ -194,9 +195,9 @@ def compiled_step(data, devices, *overrides):
     return config, program.layout, compiled
 
 
-def dot_flops(hlo: str, keep) -> float:
+def dot_flops(text: str, keep) -> float:
     """FLOPs of the dots on one device whose sizes `keep` accepts, times the loops around them."""
-    computations, entry = compiler._computations(hlo)
+    computations, entry = hlo._computations(text)
     shapes = {}
     for line in (line for lines in computations.values() for line in lines):
         match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]", line)
@@ -215,7 +216,7 @@ def dot_flops(hlo: str, keep) -> float:
                 out = [int(n) for n in dot[1].split(",") if n]
                 total += keep(sum(operands, out)) * times * 2 * inner * math.prod(out)
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            for role, callee in compiler._CALLED.findall(line):
+            for role, callee in hlo._CALLED.findall(line):
                 inside = times * (int(trips[1]) if role == "body" and trips else 1)
                 assert role != "body" or trips, line
                 total += walk(callee, inside)
@@ -267,8 +268,8 @@ def test_messages_of_a_pipeline(data):
             data, 8, "mesh.stage=4", "mesh.data=2", f"batch.microbatches={count}",
             f"batch.sequences={2 * count}",
         )  # fmt: skip
-        rows = compiler.collectives(compiled.as_text())
-        place = lambda one: (one.kind, compiler.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
+        rows = hlo.collectives(compiled.as_text())
+        place = lambda one: (one.kind, hlo.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
         found[count] = sorted((*place(one), one.shapes) for one in rows)
         permutes = [one for one in rows if one.kind == "collective-permute"]
         # Forward only: 1; both: 2; backward only: 1.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
@@ -19,6 +20,7 @@ BACKENDS = {"xla": xla, "chunked": chunked, "splash": splash, "cudnn": cudnn}
 SHORT = 1024  # tokens up to which whole scores are held
 
 
+@jax.named_scope("attention")
 def attend(
     q_BSHC, k_BSKC, v_BSKC, segments_BS, layout: Layout, softcap: float, window: int, cache=None
 ):

@@ -57,6 +57,7 @@ class Decoder(nnx.Module):
             aux |= {f"group{i}/{name}": value for name, value in group_aux.items()}
         return self.finish(x_BSD, layout), None if cache is None else caches, aux
 
+    @jax.named_scope("embedding")
     def embed_tokens(self, tokens_BS, positions_BS, layout: Layout) -> jax.Array:
         """The residual stream [B, S, D] that enters the first block."""
         x_BSD = layout.take(layout.gather(self.embed), tokens_BS, "batch seq _")

@@ -73,24 +73,27 @@ class Block(nnx.Module):
         """One layer: (residual stream, cache, aux)."""
         s, w = layout, layout.gather
         add = lambda terms, y, bias: y if bias is None else s.add_bias(terms, y, w(bias))
-        h_BSD = s.move(self.attention_norm(x_BSD, s), "batch seq _", over="heads")
-        qkv_ZBSHC = s.dot("bsd,zdhc->zbshc", h_BSD, w(self.qkv))
-        q_BSHC, k_BSHC, v_BSHC = add("bs,zhc->zbshc", qkv_ZBSHC, self.qkv_bias)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSHC, k_BSHC = self.q_norm(q_BSHC, s), self.k_norm(k_BSHC, s)
-        q_BSHC = checkpoint_name(q_BSHC, "query")
-        k_BSHC, v_BSHC = checkpoint_name(k_BSHC, "key"), checkpoint_name(v_BSHC, "value")
-        a_BSHC, cache = attention.attend(
-            q_BSHC, k_BSHC, v_BSHC, segments_BS, layout, self.softcap, self.window, cache
-        )
-        y_BSD = s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _")
-        x_BSD += add("bs,d->bsd", y_BSD, self.o_bias)
+        with jax.named_scope("projections"):
+            h_BSD = s.move(self.attention_norm(x_BSD, s), "batch seq _", over="heads")
+            qkv_ZBSHC = s.dot("bsd,zdhc->zbshc", h_BSD, w(self.qkv))
+            q_BSHC, k_BSHC, v_BSHC = add("bs,zhc->zbshc", qkv_ZBSHC, self.qkv_bias)
+            if self.q_norm is not None and self.k_norm is not None:
+                q_BSHC, k_BSHC = self.q_norm(q_BSHC, s), self.k_norm(k_BSHC, s)
+            q_BSHC = checkpoint_name(q_BSHC, "query")
+            k_BSHC, v_BSHC = checkpoint_name(k_BSHC, "key"), checkpoint_name(v_BSHC, "value")
+            a_BSHC, cache = attention.attend(
+                q_BSHC, k_BSHC, v_BSHC, segments_BS, layout, self.softcap, self.window, cache
+            )
+            y_BSD = s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _")
+            x_BSD += add("bs,d->bsd", y_BSD, self.o_bias)
 
-        h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _", over="mlp")
-        h_BSF = add("bs,f->bsf", s.dot("bsd,df->bsf", h_BSD, w(self.up)), self.up_bias)
-        h_BSF = jax.nn.gelu(checkpoint_name(h_BSF, "mlp"), approximate=True)
-        y_BSD = s.dot("bsf,fd->bsd", h_BSF, w(self.down), out="batch residual_seq _")
-        return x_BSD + add("bs,d->bsd", y_BSD, self.down_bias), cache, {}
+        with jax.named_scope("mlp"):
+            h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _", over="mlp")
+            h_BSF = add("bs,f->bsf", s.dot("bsd,df->bsf", h_BSD, w(self.up)), self.up_bias)
+            h_BSF = jax.nn.gelu(checkpoint_name(h_BSF, "mlp"), approximate=True)
+            y_BSD = s.dot("bsf,fd->bsd", h_BSF, w(self.down), out="batch residual_seq _")
+            x_BSD += add("bs,d->bsd", y_BSD, self.down_bias)
+        return x_BSD, cache, {}
 
 
 # Hugging Face (see jaxlm/interop): our layer as letters -> their tensor's dimensions, and its

@@ -115,6 +115,7 @@ class SelfAttention(nnx.Module):
         head_norm = lambda over: RMSNorm(c, layout, C, over) if c.qk_norm else None
         self.q_norm, self.k_norm = head_norm("batch seq heads"), head_norm("batch seq kv_heads")
 
+    @jax.named_scope("projections")
     def __call__(self, x_BSD, table, segments_BS, layout: Layout, cache=None):
         """What attention adds to the residual stream, of its normalised copy; and the cache."""
         s, w = layout, layout.gather

@@ -92,11 +92,12 @@ class Block(nnx.Module):
         y_BSD, cache = self.attention(self.attention_norm(x_BSD, s), table, segments_BS, s, cache)
         x_BSD += y_BSD
 
-        h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _", over="mlp")
-        gate_BSF = checkpoint_name(s.dot("bsd,df->bsf", h_BSD, w(self.gate)), "mlp")
-        up_BSF = checkpoint_name(s.dot("bsd,df->bsf", h_BSD, w(self.up)), "mlp")
-        h_BSF = jax.nn.silu(gate_BSF) * up_BSF
-        x_BSD += s.dot("bsf,fd->bsd", h_BSF, w(self.down), out="batch residual_seq _")
+        with jax.named_scope("mlp"):
+            h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _", over="mlp")
+            gate_BSF = checkpoint_name(s.dot("bsd,df->bsf", h_BSD, w(self.gate)), "mlp")
+            up_BSF = checkpoint_name(s.dot("bsd,df->bsf", h_BSD, w(self.up)), "mlp")
+            h_BSF = jax.nn.silu(gate_BSF) * up_BSF
+            x_BSD += s.dot("bsf,fd->bsd", h_BSF, w(self.down), out="batch residual_seq _")
         return x_BSD, cache, {}
 
 

@@ -89,6 +89,7 @@ class MoE(nnx.Module):
         zeros = jnp.zeros(E, jnp.float32)
         self.bias = nnx.Variable(zeros, dims="_", over="") if c.balance == "bias" else None
 
+    @jax.named_scope("experts")
     def __call__(self, x_BSD, segments_BS, layout: Layout):
         """What the experts add to the residual stream, of its normalised copy; and aux."""
         c, s = self.config, layout
@@ -121,6 +122,7 @@ class MoE(nnx.Module):
         aux = statistics(c, scores_BSE, logits_BSE, hit_BSKE, here(dropped_BS), here(real_BS))
         return y_BSD, aux
 
+    @jax.named_scope("router")
     def _score(self, x_BSD, layout: Layout):
         """Each expert's score for each token, and the logits, in `wide`; experts are not split."""
         router_DE = layout.replace(experts=()).gather(self.router)
@@ -142,6 +144,7 @@ class GatedMLP(nnx.Module):
         self.up = layout.param(normal(keys[1], std), (D, F), "embed mlp")
         self.down = layout.param(normal(keys[2], std_out), (F, D), "mlp embed")
 
+    @jax.named_scope("mlp")
     def __call__(self, x_BSD, layout: Layout) -> jax.Array:
         s, w = layout, layout.gather
         gate_BSF = checkpoint_name(s.dot("bsd,df->bsf", x_BSD, w(self.gate)), "mlp")
