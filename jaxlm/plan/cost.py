@@ -25,7 +25,8 @@ class Traffic:
 
     kind: str  # all-reduce, all-gather, reduce-scatter, all-to-all, collective-permute, ...
     axes: tuple[str, ...]  # mesh axes along which the members of a group differ
-    network: str  # the slowest that it uses: "links" within a slice or host, or "network"
+    network: str  # the slowest that it uses (network.py): "links" or "network"
+    bandwidth: float  # bytes/s that a device sends with there, at its peak
     size: int  # devices of a group
     count: float  # how often it runs
     bytes: float  # results
