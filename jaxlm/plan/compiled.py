@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from jaxlm import config as cfg
 from jaxlm import configfile
-from jaxlm.plan.hlo import collectives, summarize
+from jaxlm.plan import hlo
+from jaxlm.plan.account import collectives, summarize
 from jaxlm.plan.target import parse_target
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import abstract_state
@@ -55,7 +56,7 @@ def report(config: cfg.Config, target: str) -> dict:
         "compile_seconds": round(time.monotonic() - traced, 1),
         "peak_bytes": memory.peak_memory_in_bytes,
         "state_and_batch_bytes": memory.argument_size_in_bytes,
-        "collectives": summarize(collectives(text), program.layout),
+        "collectives": summarize(collectives(hlo.parse(text)), program.layout),
     }
 
 
