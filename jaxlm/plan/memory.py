@@ -1,0 +1,366 @@
+"""Bytes on one device at the peak of a train step, from formulas: before anything is traced.
+
+A step is a handful of phases (the head, the backward pass of a layer, the embedding's gradient, the
+update), each of which holds what was made before it and is needed after. The peak is that of the
+largest. What a phase holds follows from the source of the step; what a compiler adds to it (casts
+before a loop, operands kept in float32) was read off compiled programs and stands in HABITS.
+
+Letters: n tokens of a microbatch on one device, D embed, H query heads, K kv heads, C head_dim,
+F mlp, V vocabulary, R rows of a buffer of experts; all as one device holds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+from jaxlm import config as cfg
+from jaxlm.optim import MIN_FACTORED, MUON, is_matrix, sides
+from jaxlm.parallel.pipeline import Schedule
+from jaxlm.plan.target import Target
+from jaxlm.sharding import Layout
+from jaxlm.state import Structure, trained
+
+WIDE = 4  # bytes of float32, in which state, sums, norms and softmax are
+Sizes = dict[str, float]  # class of cost.MEMORY -> bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Habits:
+    """What a compiler holds beyond what the step names; each fact read off scheduled programs.
+
+    Counts are of arrays: scores [n, H, S] and logits [n / chunks, V] of float32, tables [V, D] of
+    float32, mlp [n, F] and stream [n, D] of the compute type.
+    """
+
+    cast_stack: bool  # weights at rest are cast to the compute type for all layers at once
+    wide_head: bool  # the head in use is kept in float32 beside the sum of its gradients
+    head_product: bool  # a chunk's gradient of the head is written before it is added
+    fast: float  # bytes of on-chip memory, which takes temporaries first
+    logits: float  # while a chunk of the head runs
+    scores: float  # while a layer runs
+    mlp: float
+    stream: float
+    idle_logits: float = 0  # constants of masks, made at the start and held to the end
+    idle_scores: float = 0
+    idle_tables: float = 0  # zeros that the embedding's gradient is added to, likewise
+
+
+HABITS = {
+    "tpu": Habits(True, False, False, 128 * 2**20, 2, 2, 4, 6),
+    "gpu": Habits(False, True, False, 0, 2, 2, 2, 6),
+    "cpu": Habits(False, True, True, 0, 2, 2, 2, 6, 2.25, 1.25, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A parameter on one device, in elements."""
+
+    name: str
+    stored: int  # at rest
+    used: int  # gathered, all layers
+    layers: int  # 0: it belongs to no layer
+    trained: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the formulas need to know of a run."""
+
+    config: cfg.Config
+    layout: Layout
+    target: Target
+    habits: Habits
+    weights: tuple[Weight, ...]
+    n: int  # tokens where heads, mlp and the head are computed
+    m: int  # tokens of the residual stream, whose sequence tensor may split too
+    c: int  # bytes of an element in compute
+    layers: int  # of a stage
+
+
+def memory(config: cfg.Config, layout: Layout, structure: Structure, target: Target) -> Sizes:
+    """Class of memory (cost.MEMORY) -> bytes at the moment of the peak."""
+    found = phases(config, layout, structure, target)
+    return max(found.values(), key=lambda sizes: sum(sizes.values()))
+
+
+def phases(
+    config: cfg.Config, layout: Layout, structure: Structure, target: Target
+) -> dict[str, Sizes]:
+    """What every phase of the step holds."""
+    p = _plan(config, layout, structure, target)
+    state = _resident(p, structure)
+    return {name: state | sizes for name, sizes in _simple(p).items()}
+
+
+def _plan(config, layout: Layout, structure: Structure, target: Target) -> Plan:
+    chosen = trained(structure.weights, config.optimizer.train)
+    weights = tuple(
+        _weight(name, structure.shapes[name], dims, layout, name in chosen)
+        for name, dims in structure.dims.items()
+    )
+    b = config.batch
+    rows = b.sequences / b.microbatches / layout.size("batch")
+    tokens = rows * b.sequence_length
+    return Plan(
+        config, layout, target, HABITS[target.platform], weights,
+        n=math.ceil(tokens / layout.size("seq")), m=math.ceil(tokens / layout.size("residual_seq")),
+        c=2 if layout.compute == "bfloat16" else 4,
+        layers=config.model.num_layers // layout.size("layers"),
+    )  # fmt: skip
+
+
+def _weight(name: str, shape, dims: str, layout: Layout, is_trained: bool) -> Weight:
+    sizes, total = dict(layout.axes), math.prod(shape)
+    ways = lambda spec: math.prod(
+        sizes[axis]
+        for entry in spec
+        for axis in ((entry,) if isinstance(entry, str) else entry or ())
+    )
+    return Weight(
+        name, math.ceil(total / ways(layout.stored(dims))), math.ceil(total / ways(layout.spec(dims))),
+        shape[0] if dims.startswith("layers ") else 0, is_trained,
+    )  # fmt: skip
+
+
+def _resident(p: Plan, structure: Structure) -> Sizes:
+    """What lives through the whole step: donated, and written in place at its end."""
+    batch, arrays = p.config.batch, 4 + p.config.data.segments
+    ways = p.layout.size("batch") * p.layout.size("seq")
+    moments = sum(_moments(p, w, structure) for w in p.weights if w.trained)
+    return {
+        "parameters": WIDE * sum(w.stored for w in p.weights),
+        "optimizer": WIDE * moments,
+        "batch": 4 * arrays * batch.sequences * batch.sequence_length / ways,
+    }
+
+
+def _moments(p: Plan, weight: Weight, structure: Structure) -> float:
+    """Elements of the optimizer's state for a weight (optim.py)."""
+    name, dims, shape = p.config.optimizer.name, structure.dims[weight.name], structure.shapes[weight.name]
+    if name == "adamw":
+        return 2 * weight.stored
+    if name == "lion":
+        return weight.stored
+    if name == "muon":
+        return weight.stored * (1 if is_matrix(dims) and MUON & set(dims.split()) else 2)
+    _, embed, other = sides(dims)
+    size = lambda where: math.prod(shape[i] for i in where)
+    if not is_matrix(dims) or min(size(embed), size(other)) < MIN_FACTORED:
+        return weight.stored
+    split = math.prod(shape) / weight.stored  # rows rest split like the embedding, columns whole
+    return math.prod(shape) / size(other) / split + math.prod(shape) / size(embed)
+
+
+def _simple(p: Plan) -> dict[str, Sizes]:
+    """Phases of a step without stages."""
+    kept, layer, idle = _saved(p), _layer_workspace(p), _idle(p)
+    head, grads = _head(p), {"gradients": _layer_gradients(p)}
+    table = WIDE * _table(p)
+    more = 1 + (p.config.batch.microbatches > 1) - p.habits.idle_tables
+    embedding = {"gradients": head["gradients"] + more * table}
+    gathered = {"workspace": head["workspace"]}
+    found = {
+        "head": [kept, head, {"workspace": _hidden(p)}],
+        "backward": [kept, grads, layer, gathered, {"gradients": head["gradients"]}],
+        "embedding": [grads, embedding],
+        "update": [{"gradients": WIDE * sum(w.stored for w in p.weights if w.trained)}],
+    }
+    return {name: _sum(_accumulators(p), idle, *sizes) for name, sizes in found.items()}
+
+
+def _idle(p: Plan) -> Sizes:
+    """Constants that the compiler makes at the start."""
+    habits = p.habits
+    return {
+        "logits": habits.idle_logits * _logits(p),
+        "workspace": habits.idle_scores * _scores(p),
+        "gradients": habits.idle_tables * WIDE * _table(p),
+    }
+
+
+def _sum(*parts: Sizes) -> Sizes:
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(k for p in parts for k in p)}
+
+
+def _table(p: Plan) -> float:
+    """Elements of the embedding in use: its gradient is summed in float32 before it is split."""
+    return sum(w.used for w in p.weights if w.name in ("embed", "positions"))
+
+
+def _head_weight(p: Plan) -> Weight:
+    name = "embed" if p.config.model.tie_embeddings else "head"
+    return next(w for w in p.weights if w.name == name)
+
+
+def _accumulators(p: Plan) -> Sizes:
+    """What the loop over microbatches carries, and weights gathered before it."""
+    sizes: Sizes = {"gradients": 0.0, "workspace": 0.0}
+    step = p.layout.gather_at == "step"
+    if p.config.batch.microbatches > 1:
+        sizes["gradients"] = WIDE * sum(w.used if step else w.stored for w in p.weights if w.trained)
+    if step:
+        sizes["workspace"] = p.c * sum(w.used for w in p.weights)
+    elif p.habits.cast_stack and p.c < WIDE:
+        sizes["workspace"] = p.c * sum(w.stored for w in p.weights if w.layers)
+    return sizes
+
+
+def _layer_gradients(p: Plan) -> float:
+    """Gradients of all layers, which the loop over them stacks up."""
+    trained_layers = [w for w in p.weights if w.layers and w.trained]
+    if p.layout.gather_at == "step":
+        return p.c * sum(w.used for w in trained_layers)
+    return WIDE * sum(w.stored for w in trained_layers)
+
+
+def _logits(p: Plan) -> float:
+    """Bytes of the logits of one chunk, in float32."""
+    return WIDE * p.n / p.config.loss.chunks * _head_weight(p).used / p.config.model.embed_dim
+
+
+def _scores(p: Plan) -> float:
+    """Bytes of attention's scores of one layer, or of the chunk that is held of them, in float32."""
+    options, batch = p.layout.attention, p.config.batch
+    keys = batch.sequence_length
+    heads = p.config.model.num_heads / p.layout.size("heads")
+    if options.backend in ("splash", "cudnn"):
+        return 0.0  # in blocks, on the chip
+    queries = p.n
+    if options.backend == "chunked":
+        queries = p.n * min(1, options.chunk / batch.sequence_length)
+    if options.backend in ("ring", "all_gather"):  # a chunk of queries, a piece of keys
+        keys = keys / (2 * p.layout.size("seq"))
+        queries = p.n * min(1, options.chunk / (2 * keys))
+    return WIDE * queries * heads * keys
+
+
+def _head(p: Plan) -> Sizes:
+    """A chunk of the head: its logits, the weight in use, the sum of its gradients."""
+    weight, habits = _head_weight(p), p.habits
+    split, narrow = weight.used > weight.stored, p.c < WIDE
+    copies = (habits.wide_head and (narrow or split)) + (habits.head_product)
+    gathered = p.c * weight.used if not habits.wide_head and (split or narrow) else 0
+    if p.layout.gather_at == "step":
+        gathered = 0  # counted there
+    return {
+        "logits": habits.logits * _logits(p),
+        "gradients": WIDE * weight.used,
+        "workspace": WIDE * weight.used * copies + gathered,
+    }
+
+
+def _hidden(p: Plan) -> float:
+    """Hidden states that meet the head, in chunks, and their gradients."""
+    return 2 * p.c * p.n * p.config.model.embed_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An activation of one layer that autodiff asks for."""
+
+    name: str  # as remat.names and reports have it
+    bytes: float
+    product: bool = False  # remat.policy=dots keeps it
+
+
+def _layer(p: Plan) -> list[Array]:
+    """What the backward pass of a layer reads, where nothing is recomputed."""
+    model, layout, c = p.config.model, p.layout, p.c
+    D, C = model.embed_dim, model.head_dim
+    H, K = model.num_heads / layout.size("heads"), model.num_kv_heads / layout.size("kv_heads")
+    n, m = p.n, p.m
+    arrays = [
+        Array("norms", (4 * WIDE * m + 2 * c * n) * D),
+        Array("query", c * n * H * C, True),
+        Array("key", c * n * K * C, True),
+        Array("value", c * n * K * C, True),
+        Array("attention", c * n * H * C),
+        Array("projections", c * m * D, True),
+        *_attention(p, H, K),
+        *_mlp(p),
+    ]
+    if layout.gather_at == "layer":
+        arrays.append(Array("weights", c * sum(w.used / w.layers for w in p.weights if w.layers)))
+    return arrays
+
+
+def _attention(p: Plan, H: float, K: float) -> list[Array]:
+    """What a backend keeps for its backward pass."""
+    length, backend = p.config.batch.sequence_length, p.layout.attention.backend
+    C = p.config.model.head_dim
+    if backend == "xla":
+        return [Array("scores", p.n * H * length * (WIDE + (2 if p.target.platform == "gpu" else 1) * p.c))]
+    if backend == "splash":
+        return [Array("attention", p.c * p.n * H * C + WIDE * p.n * H)]
+    return [Array("attention", WIDE * p.n * H)]
+
+
+def _mlp(p: Plan) -> list[Array]:
+    """Of an MLP or of routed experts."""
+    model, c = p.config.model, p.c
+    if hasattr(model, "num_experts"):
+        return _experts(p, model)
+    F = model.mlp_dim / p.layout.size("mlp")
+    if model.family == "gpt2":
+        return [Array("mlp", c * p.n * F, True), Array("hidden", 3 * c * p.n * F)]
+    return [Array("mlp", 2 * c * p.n * F, True), Array("hidden", 4 * c * p.n * F)]
+
+
+def _experts(p: Plan, model) -> list[Array]:
+    R = _rows(p)
+    F, D = model.expert_mlp_dim / p.layout.size("mlp"), model.embed_dim
+    return [
+        Array("mlp", 2 * p.c * R * F, True),
+        Array("hidden", 4 * p.c * R * F),
+        Array("rows", 3 * p.c * R * D),
+    ]
+
+
+def _rows(p: Plan) -> float:
+    """Rows of a buffer that takes whatever the peers may send (parallel/experts.py)."""
+    model, peers = p.config.model, p.layout.size("experts")
+    held = model.num_experts / peers
+    return p.n * (peers * min(model.experts_per_token, held) if peers > 1 else model.experts_per_token)
+
+
+def _keeps(p: Plan, array: Array) -> bool:
+    remat = p.config.remat
+    if remat.policy == "none":
+        return True
+    if remat.policy == "dots":
+        return array.product
+    return remat.policy == "names" and array.name in remat.names
+
+
+def _saved(p: Plan) -> Sizes:
+    """What the forward pass of all layers leaves for the backward pass."""
+    model, remat = p.config.model, p.config.remat
+    sizes: Sizes = {}
+    if remat.policy != "none":
+        sizes["saved/block input"] = p.layers * p.c * p.m * model.embed_dim
+    for array in _layer(p):
+        if _keeps(p, array) and array.name not in remat.offload:
+            name = f"saved/{'residuals' if remat.policy == 'none' else array.name}"
+            sizes[name] = sizes.get(name, 0.0) + p.layers * array.bytes
+    return sizes
+
+
+def _layer_workspace(p: Plan) -> Sizes:
+    """One layer at work: weights in use, activations and their gradients on the way."""
+    habits, model = p.habits, p.config.model
+    stacked = [w.used / w.layers for w in p.weights if w.layers]
+    weights = 0.0 if p.layout.gather_at == "step" else p.c * sum(stacked)
+    work = habits.scores * _scores(p) + p.c * p.n * (
+        habits.mlp * _mlp_width(p) + habits.stream * model.embed_dim
+    )
+    return {"workspace": max(0.0, work + weights + 2 * WIDE * max(stacked) - p.habits.fast)}
+
+
+def _mlp_width(p: Plan) -> float:
+    model = p.config.model
+    if hasattr(model, "num_experts"):
+        return _rows(p) / p.n * (model.expert_mlp_dim / p.layout.size("mlp") + model.embed_dim)
+    return model.mlp_dim / p.layout.size("mlp")
