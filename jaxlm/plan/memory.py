@@ -34,23 +34,25 @@ class Habits:
     float32, mlp [n, F] and stream [n, D] of the compute type.
     """
 
-    cast_stack: bool  # weights at rest are cast to the compute type for all layers at once
+    cast_stack: bool  # gathered weights are cast to the compute type for all layers at once
     wide_head: bool  # the head in use is kept in float32 beside the sum of its gradients
     head_product: bool  # a chunk's gradient of the head is written before it is added
     fast: float  # bytes of on-chip memory, which takes temporaries first
+    lanes: int  # the last dimension of what attention's kernel reads is padded to a multiple
     logits: float  # while a chunk of the head runs
     scores: float  # while a layer runs
     mlp: float
     stream: float
+    experts: tuple[float, ...]  # [R, F], [R, D]; and those for each expert: masked dense products
     idle_logits: float = 0  # constants of masks, made at the start and held to the end
     idle_scores: float = 0
-    idle_tables: float = 0  # zeros that the embedding's gradient is added to, likewise
+    idle_zeros: bool = False  # zeros that loops start from are constants, and copied in each turn
 
 
 HABITS = {
-    "tpu": Habits(True, False, False, 128 * 2**20, 2, 2, 4, 6),
-    "gpu": Habits(False, True, False, 0, 2, 2, 2, 6),
-    "cpu": Habits(False, True, True, 0, 2, 2, 2, 6, 2.25, 1.25, 1),
+    "tpu": Habits(True, False, False, 128 * 2**20, 128, 1, 2, 4, 6, (6, 3, 0, 0)),
+    "gpu": Habits(False, True, False, 0, 1, 2, 2, 2, 6, (4, 0, 3, 2)),
+    "cpu": Habits(False, True, True, 0, 1, 2, 2, 2, 6, (9, 0, 4, 4), 2.25, 1.25, True),
 }
 
 
@@ -77,7 +79,7 @@ class Plan:
     n: int  # tokens where heads, mlp and the head are computed
     m: int  # tokens of the residual stream, whose sequence tensor may split too
     c: int  # bytes of an element in compute
-    layers: int  # of a stage
+    layers: int  # that run forward before one of them runs backward
 
 
 def memory(config: cfg.Config, layout: Layout, structure: Structure, target: Target) -> Sizes:
@@ -86,13 +88,22 @@ def memory(config: cfg.Config, layout: Layout, structure: Structure, target: Tar
     return max(found.values(), key=lambda sizes: sum(sizes.values()))
 
 
+def _on_chip(p: Plan, state: float, sizes: Sizes) -> Sizes:
+    """What a phase takes of the larger of two memories: on-chip memory takes temporaries first."""
+    temporary, fast = sum(sizes.values()) - state, p.habits.fast
+    moved = min(sizes["workspace"], fast, max(0.0, temporary - fast))
+    return sizes | {"workspace": sizes["workspace"] - moved}
+
+
 def phases(
     config: cfg.Config, layout: Layout, structure: Structure, target: Target
 ) -> dict[str, Sizes]:
     """What every phase of the step holds."""
     p = _plan(config, layout, structure, target)
     state = _resident(p, structure)
-    return {name: state | sizes for name, sizes in _simple(p).items()}
+    make = _pipeline if layout.size("layers") > 1 else _simple
+    total = sum(state.values())
+    return {name: _on_chip(p, total, state | sizes) for name, sizes in make(p).items()}
 
 
 def _plan(config, layout: Layout, structure: Structure, target: Target) -> Plan:
@@ -108,7 +119,7 @@ def _plan(config, layout: Layout, structure: Structure, target: Target) -> Plan:
         config, layout, target, HABITS[target.platform], weights,
         n=math.ceil(tokens / layout.size("seq")), m=math.ceil(tokens / layout.size("residual_seq")),
         c=2 if layout.compute == "bfloat16" else 4,
-        layers=config.model.num_layers // layout.size("layers"),
+        layers=config.model.num_layers // (layout.size("layers") * config.pipeline.repeats),
     )  # fmt: skip
 
 
@@ -156,19 +167,41 @@ def _moments(p: Plan, weight: Weight, structure: Structure) -> float:
 
 def _simple(p: Plan) -> dict[str, Sizes]:
     """Phases of a step without stages."""
-    kept, layer, idle = _saved(p), _layer_workspace(p), _idle(p)
-    head, grads = _head(p), {"gradients": _layer_gradients(p)}
-    table = WIDE * _table(p)
-    more = 1 + (p.config.batch.microbatches > 1) - p.habits.idle_tables
-    embedding = {"gradients": head["gradients"] + more * table}
-    gathered = {"workspace": head["workspace"]}
-    found = {
-        "head": [kept, head, {"workspace": _hidden(p)}],
-        "backward": [kept, grads, layer, gathered, {"gradients": head["gradients"]}],
-        "embedding": [grads, embedding],
-        "update": [{"gradients": WIDE * sum(w.stored for w in p.weights if w.trained)}],
+    always = _sum(_accumulators(p), _idle(p))
+    found = _parts(p, p.config.batch.microbatches > 1) | {
+        "update": {"gradients": WIDE * sum(w.stored for w in p.weights if w.trained)}
     }
-    return {name: _sum(_accumulators(p), idle, *sizes) for name, sizes in found.items()}
+    return {name: _sum(always, sizes) for name, sizes in found.items()}
+
+
+def _parts(p: Plan, looped: bool) -> dict[str, Sizes]:
+    """Phases of a microbatch: inside a loop over microbatches, or alone."""
+    kept, layer, head = _saved(p), _layer_workspace(p), _head(p)
+    grads = {"gradients": _layer_gradients(p)}
+    if looped and p.habits.idle_zeros:
+        kept, grads = _sum(kept, kept), _sum(grads, grads)
+    tables = {"gradients": WIDE * _table(p) * (1 + looped)}
+    held = {"gradients": head["gradients"]}
+    return {
+        "head": _sum(kept, head, {"workspace": _hidden(p)}),
+        "backward": _sum(kept, grads, layer, held, {"workspace": head["workspace"]}),
+        "embedding": _sum(grads, held, tables),
+    }
+
+
+def _pipeline(p: Plan) -> dict[str, Sizes]:
+    """Phases of a tick (parallel/pipeline.py): forward of one chunk, head, backward of another."""
+    config, layout = p.config, p.layout
+    schedule = Schedule(layout.size("layers"), config.pipeline.repeats, config.batch.microbatches)
+    stream = p.c * p.m * config.model.embed_dim
+    carried: Sizes = {
+        "gradients": WIDE * sum(w.stored for w in p.weights if w.trained),
+        "saved/block input": schedule.slots * stream,
+        "workspace": 4 * stream,  # the input and the cotangent, and those of the next tick
+    }
+    if schedule.repeats > 1:  # weights that moved to their stages
+        carried["workspace"] += WIDE * sum(w.stored for w in p.weights if w.layers)
+    return {name: _sum(carried, _idle(p), sizes) for name, sizes in _parts(p, True).items()}
 
 
 def _idle(p: Plan) -> Sizes:
@@ -177,7 +210,7 @@ def _idle(p: Plan) -> Sizes:
     return {
         "logits": habits.idle_logits * _logits(p),
         "workspace": habits.idle_scores * _scores(p),
-        "gradients": habits.idle_tables * WIDE * _table(p),
+        "gradients": WIDE * _table(p) * habits.idle_zeros,
     }
 
 
@@ -213,7 +246,7 @@ def _layer_gradients(p: Plan) -> float:
     trained_layers = [w for w in p.weights if w.layers and w.trained]
     if p.layout.gather_at == "step":
         return p.c * sum(w.used for w in trained_layers)
-    return WIDE * sum(w.stored for w in trained_layers)
+    return WIDE * sum(w.stored for w in trained_layers) / p.config.pipeline.repeats
 
 
 def _logits(p: Plan) -> float:
@@ -269,7 +302,7 @@ class Array:
 def _layer(p: Plan) -> list[Array]:
     """What the backward pass of a layer reads, where nothing is recomputed."""
     model, layout, c = p.config.model, p.layout, p.c
-    D, C = model.embed_dim, model.head_dim
+    D, C = model.embed_dim, -(-model.head_dim // p.habits.lanes) * p.habits.lanes
     H, K = model.num_heads / layout.size("heads"), model.num_kv_heads / layout.size("kv_heads")
     n, m = p.n, p.m
     arrays = [
@@ -290,7 +323,7 @@ def _layer(p: Plan) -> list[Array]:
 def _attention(p: Plan, H: float, K: float) -> list[Array]:
     """What a backend keeps for its backward pass."""
     length, backend = p.config.batch.sequence_length, p.layout.attention.backend
-    C = p.config.model.head_dim
+    C = -(-p.config.model.head_dim // p.habits.lanes) * p.habits.lanes
     if backend == "xla":
         return [Array("scores", p.n * H * length * (WIDE + (2 if p.target.platform == "gpu" else 1) * p.c))]
     if backend == "splash":
@@ -353,14 +386,16 @@ def _layer_workspace(p: Plan) -> Sizes:
     habits, model = p.habits, p.config.model
     stacked = [w.used / w.layers for w in p.weights if w.layers]
     weights = 0.0 if p.layout.gather_at == "step" else p.c * sum(stacked)
-    work = habits.scores * _scores(p) + p.c * p.n * (
-        habits.mlp * _mlp_width(p) + habits.stream * model.embed_dim
+    work = habits.scores * _scores(p) + p.c * p.n * habits.stream * model.embed_dim
+    work += _experts_workspace(p) if hasattr(model, "num_experts") else (
+        p.c * p.n * habits.mlp * model.mlp_dim / p.layout.size("mlp")
     )
-    return {"workspace": max(0.0, work + weights + 2 * WIDE * max(stacked) - p.habits.fast)}
+    return {"workspace": work + weights + 2 * WIDE * max(stacked)}
 
 
-def _mlp_width(p: Plan) -> float:
-    model = p.config.model
-    if hasattr(model, "num_experts"):
-        return _rows(p) / p.n * (model.expert_mlp_dim / p.layout.size("mlp") + model.embed_dim)
-    return model.mlp_dim / p.layout.size("mlp")
+def _experts_workspace(p: Plan) -> float:
+    model, held = p.config.model, p.config.model.num_experts / p.layout.size("experts")
+    F, D = model.expert_mlp_dim / p.layout.size("mlp"), model.embed_dim
+    narrow_f, narrow_d, masked_f, masked_d = p.habits.experts
+    each = narrow_f * F + narrow_d * D + held * (masked_f * F + masked_d * D)
+    return p.c * _rows(p) * each
