@@ -35,7 +35,8 @@ class Habits:
     """
 
     cast_stack: bool  # gathered weights are cast to the compute type for all layers at once
-    wide_head: bool  # the head in use is kept in float32 beside the sum of its gradients
+    wide_head: bool  # the head in use is held in float32 while it runs
+    wide_later: bool  # and through the backward pass of the layers
     head_product: bool  # a chunk's gradient of the head is written before it is added
     fast: float  # bytes of on-chip memory, which takes temporaries first
     lanes: int  # the last dimension of what attention's kernel reads is padded to a multiple
@@ -46,13 +47,14 @@ class Habits:
     experts: tuple[float, ...]  # [R, F], [R, D]; and those for each expert: masked dense products
     idle_logits: float = 0  # constants of masks, made at the start and held to the end
     idle_scores: float = 0
-    idle_zeros: bool = False  # zeros that loops start from are constants, and copied in each turn
+    idle_zeros: bool = False  # zeros that a tick's loops start from are constants, and copied
+    idle_table: bool = False  # and those that the embedding's gradient is added to
 
 
 HABITS = {
-    "tpu": Habits(True, False, False, 128 * 2**20, 128, 1, 2, 4, 6, (6, 3, 0, 0)),
-    "gpu": Habits(False, True, False, 0, 1, 2, 2, 2, 6, (4, 0, 3, 2)),
-    "cpu": Habits(False, True, True, 0, 1, 2, 2, 2, 6, (9, 0, 4, 4), 2.25, 1.25, True),
+    "tpu": Habits(True, False, False, False, 128 * 2**20, 128, 1, 2, 4, 6, (6, 3, 0, 0), idle_zeros=True),
+    "gpu": Habits(False, True, True, False, 0, 1, 2, 2, 2, 6, (4, 0, 3, 2)),
+    "cpu": Habits(False, True, False, True, 0, 1, 2, 2, 0, 4, (9, 0, 4, 4), 2.25, 1.25, True, True),
 }
 
 
@@ -168,25 +170,38 @@ def _moments(p: Plan, weight: Weight, structure: Structure) -> float:
 def _simple(p: Plan) -> dict[str, Sizes]:
     """Phases of a step without stages."""
     always = _sum(_accumulators(p), _idle(p))
-    found = _parts(p, p.config.batch.microbatches > 1) | {
-        "update": {"gradients": WIDE * sum(w.stored for w in p.weights if w.trained)}
-    }
+    found = _parts(p, p.config.batch.microbatches > 1, False)
+    found["update"] = {"gradients": WIDE * sum(w.stored for w in p.weights if w.trained)}
     return {name: _sum(always, sizes) for name, sizes in found.items()}
 
 
-def _parts(p: Plan, looped: bool) -> dict[str, Sizes]:
-    """Phases of a microbatch: inside a loop over microbatches, or alone."""
-    kept, layer, head = _saved(p), _layer_workspace(p), _head(p)
+def _parts(p: Plan, looped: bool, ticks: bool) -> dict[str, Sizes]:
+    """Phases of a microbatch: in a loop over microbatches or ticks, or alone."""
+    kept, layer, head = _saved(p), _layer_workspace(p, ticks), _head(p)
     grads = {"gradients": _layer_gradients(p)}
-    if looped and p.habits.idle_zeros:
+    if ticks and p.habits.idle_zeros:
         kept, grads = _sum(kept, kept), _sum(grads, grads)
-    tables = {"gradients": WIDE * _table(p) * (1 + looped)}
-    held = {"gradients": head["gradients"]}
-    return {
-        "head": _sum(kept, head, {"workspace": _hidden(p)}),
-        "backward": _sum(kept, grads, layer, held, {"workspace": head["workspace"]}),
-        "embedding": _sum(grads, held, tables),
+    table = WIDE * _table(p)
+    held = {"gradients": WIDE * _head_weight(p).used, "workspace": _held_head(p)}
+    masks = {"logits": p.habits.idle_logits * _logits(p)}
+    embedding = {
+        "gradients": WIDE * _head_weight(p).used + table * (1 + looped),
+        "workspace": _gathered_table(p) * looped,
     }
+    return {
+        "forward": _sum(kept, grads, layer, held, masks),
+        "head": _sum(kept, head, masks, {"workspace": _hidden(p)}),
+        "backward": _sum(kept, grads, layer, held),
+        "embedding": _sum(grads, embedding, kept if looped else {}),
+    }
+
+
+def _gathered_table(p: Plan) -> float:
+    """The embedding in use, in the compute type, where that is not what rests."""
+    tables = [w for w in p.weights if w.name == "embed"]
+    return p.c * sum(w.used for w in tables if w.used > w.stored or p.c < WIDE) * (
+        p.layout.gather_at == "layer"
+    )
 
 
 def _pipeline(p: Plan) -> dict[str, Sizes]:
@@ -201,16 +216,16 @@ def _pipeline(p: Plan) -> dict[str, Sizes]:
     }
     if schedule.repeats > 1:  # weights that moved to their stages
         carried["workspace"] += WIDE * sum(w.stored for w in p.weights if w.layers)
-    return {name: _sum(carried, _idle(p), sizes) for name, sizes in _parts(p, True).items()}
+    return {name: _sum(carried, _idle(p), sizes) for name, sizes in _parts(p, True, True).items()}
 
 
 def _idle(p: Plan) -> Sizes:
     """Constants that the compiler makes at the start."""
     habits = p.habits
     return {
-        "logits": habits.idle_logits * _logits(p),
         "workspace": habits.idle_scores * _scores(p),
-        "gradients": WIDE * _table(p) * habits.idle_zeros,
+        "gradients": WIDE * sum(w.used for w in p.weights if w.name == "embed" and w.used > w.stored)
+        * habits.idle_table,
     }
 
 
@@ -273,16 +288,25 @@ def _scores(p: Plan) -> float:
 def _head(p: Plan) -> Sizes:
     """A chunk of the head: its logits, the weight in use, the sum of its gradients."""
     weight, habits = _head_weight(p), p.habits
-    split, narrow = weight.used > weight.stored, p.c < WIDE
-    copies = (habits.wide_head and (narrow or split)) + (habits.head_product)
-    gathered = p.c * weight.used if not habits.wide_head and (split or narrow) else 0
-    if p.layout.gather_at == "step":
-        gathered = 0  # counted there
+    copies = WIDE * weight.used * (habits.wide_head and _is_moved(p, weight))
     return {
         "logits": habits.logits * _logits(p),
-        "gradients": WIDE * weight.used,
-        "workspace": WIDE * weight.used * copies + gathered,
+        "gradients": WIDE * weight.used * (1 + habits.head_product),
+        "workspace": copies or _held_head(p),
     }
+
+
+def _is_moved(p: Plan, weight: Weight) -> bool:
+    """Whether a weight in use is another array than the one that rests, or was gathered before."""
+    return p.c < WIDE or (weight.used > weight.stored and p.layout.gather_at == "layer")
+
+
+def _held_head(p: Plan) -> float:
+    """The head in use, or on CPU the table: held while layers run."""
+    weight = _head_weight(p)
+    if p.habits.wide_later:
+        return WIDE * weight.used * _is_moved(p, weight)
+    return p.c * weight.used * (_is_moved(p, weight) and p.layout.gather_at == "layer")
 
 
 def _hidden(p: Plan) -> float:
@@ -325,7 +349,7 @@ def _attention(p: Plan, H: float, K: float) -> list[Array]:
     length, backend = p.config.batch.sequence_length, p.layout.attention.backend
     C = -(-p.config.model.head_dim // p.habits.lanes) * p.habits.lanes
     if backend == "xla":
-        return [Array("scores", p.n * H * length * (WIDE + (2 if p.target.platform == "gpu" else 1) * p.c))]
+        return [Array("scores", p.n * H * length * (2 * WIDE if p.target.platform == "gpu" else WIDE + p.c))]
     if backend == "splash":
         return [Array("attention", p.c * p.n * H * C + WIDE * p.n * H)]
     return [Array("attention", WIDE * p.n * H)]
@@ -381,12 +405,12 @@ def _saved(p: Plan) -> Sizes:
     return sizes
 
 
-def _layer_workspace(p: Plan) -> Sizes:
+def _layer_workspace(p: Plan, mapped: bool) -> Sizes:
     """One layer at work: weights in use, activations and their gradients on the way."""
     habits, model = p.habits, p.config.model
     stacked = [w.used / w.layers for w in p.weights if w.layers]
     weights = 0.0 if p.layout.gather_at == "step" else p.c * sum(stacked)
-    work = habits.scores * _scores(p) + p.c * p.n * habits.stream * model.embed_dim
+    work = (habits.scores + mapped) * _scores(p) + p.c * p.n * habits.stream * model.embed_dim
     work += _experts_workspace(p) if hasattr(model, "num_experts") else (
         p.c * p.n * habits.mlp * model.mlp_dim / p.layout.size("mlp")
     )
