@@ -44,17 +44,21 @@ class Habits:
     scores: float  # while a layer runs
     mlp: float
     stream: float
-    experts: tuple[float, ...]  # [R, F], [R, D]; and those for each expert: masked dense products
+    rows: tuple[float, float]  # [R, F] and [R, D] of the compute type, recomputed
+    masked: tuple[float, float]  # [R, F] and [R, D] for each expert that a device holds
+    masked_bytes: int  # of their elements; 0: the compute type's
     idle_logits: float = 0  # constants of masks, made at the start and held to the end
     idle_scores: float = 0
-    idle_zeros: bool = False  # zeros that a tick's loops start from are constants, and copied
+    idle_zeros: float = 0  # of the zeros that loops in a tick start from: constants, and copied
+    stacks_stay: bool = False  # what a loop's turn saved is held to the end of the turn
+    hoists: bool = False  # gathers of the tables are moved out of the loop over microbatches
     idle_table: bool = False  # and those that the embedding's gradient is added to
 
 
 HABITS = {
-    "tpu": Habits(True, False, False, False, 128 * 2**20, 128, 1, 2, 4, 6, (6, 3, 0, 0), idle_zeros=True),
-    "gpu": Habits(False, True, True, False, 0, 1, 2, 2, 2, 6, (4, 0, 3, 2)),
-    "cpu": Habits(False, True, False, True, 0, 1, 2, 2, 0, 4, (9, 0, 4, 4), 2.25, 1.25, True, True),
+    "tpu": Habits(True, False, False, False, 128 * 2**20, 128, 1, 2, 4, 6, (6, 3), (0, 0), 0, idle_zeros=1, stacks_stay=True),
+    "gpu": Habits(False, True, True, False, 0, 1, 2, 2, 2, 6, (4, 0), (2, 1), 0, idle_zeros=0.5),
+    "cpu": Habits(False, True, False, True, 0, 1, 1, 2, 0, 4, (7, 0), (2, 2), WIDE, 2, 1.25, 1, idle_table=True, hoists=True),
 }
 
 
@@ -65,6 +69,7 @@ class Weight:
     name: str
     stored: int  # at rest
     used: int  # gathered, all layers
+    padding: float  # elements in memory at rest, for each that there is
     layers: int  # 0: it belongs to no layer
     trained: bool
 
@@ -110,8 +115,9 @@ def phases(
 
 def _plan(config, layout: Layout, structure: Structure, target: Target) -> Plan:
     chosen = trained(structure.weights, config.optimizer.train)
+    lanes = HABITS[target.platform].lanes
     weights = tuple(
-        _weight(name, structure.shapes[name], dims, layout, name in chosen)
+        _weight(name, structure.shapes[name], dims, layout, lanes, name in chosen)
         for name, dims in structure.dims.items()
     )
     b = config.batch
@@ -125,26 +131,27 @@ def _plan(config, layout: Layout, structure: Structure, target: Target) -> Plan:
     )  # fmt: skip
 
 
-def _weight(name: str, shape, dims: str, layout: Layout, is_trained: bool) -> Weight:
+def _weight(name: str, shape, dims: str, layout: Layout, lanes: int, is_trained: bool) -> Weight:
     sizes, total = dict(layout.axes), math.prod(shape)
     ways = lambda spec: math.prod(
         sizes[axis]
         for entry in spec
         for axis in ((entry,) if isinstance(entry, str) else entry or ())
     )
-    return Weight(
-        name, math.ceil(total / ways(layout.stored(dims))), math.ceil(total / ways(layout.spec(dims))),
-        shape[0] if dims.startswith("layers ") else 0, is_trained,
-    )  # fmt: skip
+    stored, used = (math.ceil(total / ways(spec)) for spec in (layout.stored(dims), layout.spec(dims)))
+    narrow = dims.endswith(" head_dim")  # its rows fill whole tiles at rest
+    padding = -(-shape[-1] // lanes) * lanes / shape[-1] if narrow else 1
+    layers = shape[0] if dims.startswith("layers ") else 0
+    return Weight(name, stored, used, padding, layers, is_trained)
 
 
 def _resident(p: Plan, structure: Structure) -> Sizes:
     """What lives through the whole step: donated, and written in place at its end."""
     batch, arrays = p.config.batch, 4 + p.config.data.segments
     ways = p.layout.size("batch") * p.layout.size("seq")
-    moments = sum(_moments(p, w, structure) for w in p.weights if w.trained)
+    moments = sum(_moments(p, w, structure) * w.padding for w in p.weights if w.trained)
     return {
-        "parameters": WIDE * sum(w.stored for w in p.weights),
+        "parameters": WIDE * sum(w.stored * w.padding for w in p.weights),
         "optimizer": WIDE * moments,
         "batch": 4 * arrays * batch.sequences * batch.sequence_length / ways,
     }
@@ -179,20 +186,23 @@ def _parts(p: Plan, looped: bool, ticks: bool) -> dict[str, Sizes]:
     """Phases of a microbatch: in a loop over microbatches or ticks, or alone."""
     kept, layer, head = _saved(p), _layer_workspace(p, ticks), _head(p)
     grads = {"gradients": _layer_gradients(p)}
-    if ticks and p.habits.idle_zeros:
-        kept, grads = _sum(kept, kept), _sum(grads, grads)
+    if ticks:
+        kept = {name: size * (1 + p.habits.idle_zeros) for name, size in kept.items()}
     table = WIDE * _table(p)
     held = {"gradients": WIDE * _head_weight(p).used, "workspace": _held_head(p)}
+    if ticks and p.habits.hoists:
+        grads = _sum(grads, grads)
+        held = _sum(held, {"gradients": held["gradients"], "workspace": _gathered_table(p)})
     masks = {"logits": p.habits.idle_logits * _logits(p)}
     embedding = {
-        "gradients": WIDE * _head_weight(p).used + table * (1 + looped),
-        "workspace": _gathered_table(p) * looped,
+        "gradients": WIDE * _head_weight(p).used + table * (1 + (looped and p.layout.gather_at == "layer")),
+        "workspace": (_gathered_table(p) + _held_head(p) * p.habits.hoists) * looped,
     }
     return {
-        "forward": _sum(kept, grads, layer, held, masks),
+        "forward": _sum(kept, grads, _layer_workspace(p, ticks, True), held, masks),
         "head": _sum(kept, head, masks, {"workspace": _hidden(p)}),
         "backward": _sum(kept, grads, layer, held),
-        "embedding": _sum(grads, embedding, kept if looped else {}),
+        "embedding": _sum(grads, embedding, kept if ticks or (looped and p.habits.stacks_stay) else {}),
     }
 
 
@@ -291,7 +301,7 @@ def _head(p: Plan) -> Sizes:
     copies = WIDE * weight.used * (habits.wide_head and _is_moved(p, weight))
     return {
         "logits": habits.logits * _logits(p),
-        "gradients": WIDE * weight.used * (1 + habits.head_product),
+        "gradients": WIDE * weight.used * (1 + (habits.head_product and p.config.loss.chunks > 1)),
         "workspace": copies or _held_head(p),
     }
 
@@ -328,20 +338,28 @@ def _layer(p: Plan) -> list[Array]:
     model, layout, c = p.config.model, p.layout, p.c
     D, C = model.embed_dim, -(-model.head_dim // p.habits.lanes) * p.habits.lanes
     H, K = model.num_heads / layout.size("heads"), model.num_kv_heads / layout.size("kv_heads")
-    n, m = p.n, p.m
+    if p.config.remat.policy == "none" and layout.dim_axes("heads") != layout.dim_axes("kv_heads"):
+        K = H  # copied to every query head (attention/xla.py)
+    n, m, operand = p.n, p.m, _operand(p)
+    named = "attention" if layout.attention.backend in ("xla", "chunked", "cudnn") else "heads"
     arrays = [
-        Array("norms", (4 * WIDE * m + 2 * c * n) * D),
+        Array("norms", (4 * WIDE * m + 2 * operand * n) * D),
         Array("query", c * n * H * C, True),
         Array("key", c * n * K * C, True),
         Array("value", c * n * K * C, True),
-        Array("attention", c * n * H * C),
+        Array(named, c * n * H * C),
         Array("projections", c * m * D, True),
         *_attention(p, H, K),
         *_mlp(p),
     ]
     if layout.gather_at == "layer":
-        arrays.append(Array("weights", c * sum(w.used / w.layers for w in p.weights if w.layers)))
+        arrays.append(Array("weights", operand * sum(w.used / w.layers for w in p.weights if w.layers)))
     return arrays
+
+
+def _operand(p: Plan) -> int:
+    """Bytes of an element of a product's operand, which TPUs round to bfloat16."""
+    return 2 if p.target.platform == "tpu" else p.c
 
 
 def _attention(p: Plan, H: float, K: float) -> list[Array]:
@@ -362,8 +380,8 @@ def _mlp(p: Plan) -> list[Array]:
         return _experts(p, model)
     F = model.mlp_dim / p.layout.size("mlp")
     if model.family == "gpt2":
-        return [Array("mlp", c * p.n * F, True), Array("hidden", 3 * c * p.n * F)]
-    return [Array("mlp", 2 * c * p.n * F, True), Array("hidden", 4 * c * p.n * F)]
+        return [Array("mlp", c * p.n * F, True), Array("hidden", (2 * c + _operand(p)) * p.n * F)]
+    return [Array("mlp", 2 * c * p.n * F, True), Array("hidden", (3 * c + _operand(p)) * p.n * F)]
 
 
 def _experts(p: Plan, model) -> list[Array]:
@@ -405,21 +423,23 @@ def _saved(p: Plan) -> Sizes:
     return sizes
 
 
-def _layer_workspace(p: Plan, mapped: bool) -> Sizes:
+def _layer_workspace(p: Plan, mapped: bool, forward: bool = False) -> Sizes:
     """One layer at work: weights in use, activations and their gradients on the way."""
     habits, model = p.habits, p.config.model
     stacked = [w.used / w.layers for w in p.weights if w.layers]
     weights = 0.0 if p.layout.gather_at == "step" else p.c * sum(stacked)
     work = (habits.scores + mapped) * _scores(p) + p.c * p.n * habits.stream * model.embed_dim
-    work += _experts_workspace(p) if hasattr(model, "num_experts") else (
-        p.c * p.n * habits.mlp * model.mlp_dim / p.layout.size("mlp")
-    )
+    if hasattr(model, "num_experts"):
+        work += _experts_workspace(p) * (0.5 if forward else 1)
+    else:
+        work += p.c * p.n * habits.mlp * model.mlp_dim / p.layout.size("mlp")
     return {"workspace": work + weights + 2 * WIDE * max(stacked)}
 
 
 def _experts_workspace(p: Plan) -> float:
     model, held = p.config.model, p.config.model.num_experts / p.layout.size("experts")
     F, D = model.expert_mlp_dim / p.layout.size("mlp"), model.embed_dim
-    narrow_f, narrow_d, masked_f, masked_d = p.habits.experts
-    each = narrow_f * F + narrow_d * D + held * (masked_f * F + masked_d * D)
-    return p.c * _rows(p) * each
+    (rows_f, rows_d), (masked_f, masked_d) = p.habits.rows, p.habits.masked
+    masked = (p.habits.masked_bytes or p.c) * held * (masked_f * F + masked_d * D)
+    recomputed = p.config.remat.policy != "none"
+    return _rows(p) * (masked + p.c * (rows_f * F + rows_d * D) * recomputed)
