@@ -51,12 +51,13 @@ class Habits:
     idle_scores: float = 0
     idle_zeros: float = 0  # of the zeros that loops in a tick start from: constants, and copied
     stacks_stay: bool = False  # what a loop's turn saved is held to the end of the turn
+    rows_always: bool = False  # `rows` are copied for the kernels even where they were kept
     hoists: bool = False  # gathers of the tables are moved out of the loop over microbatches
     idle_table: bool = False  # and those that the embedding's gradient is added to
 
 
 HABITS = {
-    "tpu": Habits(True, False, False, False, 128 * 2**20, 128, 1, 2, 4, 6, (6, 3), (0, 0), 0, idle_zeros=1, stacks_stay=True),
+    "tpu": Habits(True, False, False, False, 128 * 2**20, 128, 1, 2, 4, 6, (4, 6), (0, 0), 0, idle_zeros=1, stacks_stay=True, rows_always=True),
     "gpu": Habits(False, True, True, False, 0, 1, 2, 2, 2, 6, (4, 0), (2, 1), 0, idle_zeros=0.5),
     "cpu": Habits(False, True, False, True, 0, 1, 1, 2, 0, 4, (7, 0), (2, 2), WIDE, 2, 1.25, 1, idle_table=True, hoists=True),
 }
@@ -298,7 +299,8 @@ def _scores(p: Plan) -> float:
 def _head(p: Plan) -> Sizes:
     """A chunk of the head: its logits, the weight in use, the sum of its gradients."""
     weight, habits = _head_weight(p), p.habits
-    copies = WIDE * weight.used * (habits.wide_head and _is_moved(p, weight))
+    wide = habits.wide_head and p.config.loss.chunks > 1 and _is_moved(p, weight)
+    copies = WIDE * weight.used * wide
     return {
         "logits": habits.logits * _logits(p),
         "gradients": WIDE * weight.used * (1 + (habits.head_product and p.config.loss.chunks > 1)),
@@ -314,7 +316,7 @@ def _is_moved(p: Plan, weight: Weight) -> bool:
 def _held_head(p: Plan) -> float:
     """The head in use, or on CPU the table: held while layers run."""
     weight = _head_weight(p)
-    if p.habits.wide_later:
+    if p.habits.wide_later and p.config.loss.chunks > 1:
         return WIDE * weight.used * _is_moved(p, weight)
     return p.c * weight.used * (_is_moved(p, weight) and p.layout.gather_at == "layer")
 
@@ -441,5 +443,5 @@ def _experts_workspace(p: Plan) -> float:
     F, D = model.expert_mlp_dim / p.layout.size("mlp"), model.embed_dim
     (rows_f, rows_d), (masked_f, masked_d) = p.habits.rows, p.habits.masked
     masked = (p.habits.masked_bytes or p.c) * held * (masked_f * F + masked_d * D)
-    recomputed = p.config.remat.policy != "none"
+    recomputed = p.habits.rows_always or p.config.remat.policy != "none"
     return _rows(p) * (masked + p.c * (rows_f * F + rows_d * D) * recomputed)
