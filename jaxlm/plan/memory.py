@@ -274,9 +274,10 @@ def _turn(run: Run, looped: bool, ticks: bool) -> dict[str, Sizes]:
     # The head's sum is not reduced yet, and the tables' comes beside it; in a loop it is then added
     # to zeros of its own.
     tables = WIDE * sum(w.used for w in run.of("embed", "positions"))
+    sums = 1 + (looped and run.per_layer) + (ticks and run.early)
     early = table + _held_head(run) * run.early
     last: Sizes = {
-        "gradients": head_sum + _layer_gradients(run) + tables * (1 + (looped and run.per_layer)),
+        "gradients": head_sum + _layer_gradients(run) + tables * sums,
         "workspace": early * looped,
     }
     stays = saved if ticks or (looped and habits.turn_stays) else {}
