@@ -1,242 +1,337 @@
-"""What lies in device memory at the peak of a compiled program: its buffers, replayed in order.
+"""When every buffer of a compiled program is live, from its schedule: what the peak is made of.
 
-The schedule fixes when each array is made and last used. Arrays that XLA keeps in one buffer are
-one here too: what a loop carries, what is updated in place, what a donated argument becomes. The
-compiler's own figure is larger by what its packing of buffers loses (fragmentation).
+XLA's buffer assignment is followed (xla/service: hlo_live_range.cc, hlo_dataflow_analysis.cc,
+heap_simulator.cc): the schedule is flattened, a loop's body once and before the loop itself; what
+a loop carries, and what is updated in place, lies in one buffer; an instruction may write over an
+operand of its shape that nobody reads later.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
+
+import numpy as np
 
 from jaxlm.plan.hlo import Computation, Instruction, Module, Shape
 
-# Results that lie where an operand lies; the number is the operand's.
-_ALIAS = {
-    "bitcast": 0, "optimization-barrier": 0, "copy-done": 0, "all-gather-done": 0,
-    "all-reduce-done": 0, "collective-permute-done": 0, "domain": 0,
-}  # fmt: skip
-# Operations that may write over an operand of the same size which is not used any more.
-_SHARES = (
-    "fusion", "add", "multiply", "subtract", "divide", "select", "convert", "copy", "all-reduce",
-    "all-reduce-start", "negate", "maximum", "minimum", "exponential", "tanh", "scatter",
-    "dynamic-update-slice", "custom-call",
-)  # fmt: skip
+DEVICE = 0  # the memory space that counts; on TPU 1 is VMEM, 5 the host's
+FREE = ("bitcast", "get-tuple-element", "tuple", "optimization-barrier", "constant", "after-all")
+IN_PLACE = ("dynamic-update-slice", "scatter", "all-reduce-start")
+# An output may overwrite an operand that it reads element by element, or of a slice's update.
+ELEMENTWISE = frozenset(
+    "abs add and atan2 cbrt ceil clamp compare convert copy cosine divide erf exponential "
+    "exponential-minus-one floor is-finite log log-plus-one logistic maximum minimum multiply "
+    "negate not or power remainder round-nearest-afz round-nearest-even rsqrt select shift-left "
+    "shift-right-arithmetic shift-right-logical sign sine sqrt subtract tan tanh xor".split()
+)
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class Buffer:
-    """A place in device memory."""
+@dataclasses.dataclass(slots=True)
+class Value:
+    """One array that an instruction makes, and the part of the schedule in which it is needed."""
 
-    bytes: float
-    shape: Shape
-    maker: Instruction
+    instruction: Instruction
     computation: Computation
-    argument: int = -1  # number of the program's argument that it is; -1: a temporary
+    shape: Shape
+    bytes: int
+    start: int
+    end: int
+    buffer: int  # where it lies: all values of a buffer share its bytes
+    argument: bool = False  # of the program: it is there from the start to the end
 
 
-@dataclasses.dataclass(frozen=True)
-class Peak:
-    """The moment at which most is in use."""
+@dataclasses.dataclass
+class Liveness:
+    """All values of a program, and how many bytes are live at each place of the schedule."""
 
-    bytes: float  # temporaries
-    live: tuple[Buffer, ...]  # arguments, and temporaries at that moment
+    module: Module
+    values: list[Value]
+    bytes: np.ndarray  # by time
+    place: dict[str, tuple[int, ...]]  # "computation/instruction" -> values of its result
 
+    @property
+    def time(self) -> int:
+        """The moment of the peak."""
+        return int(self.bytes.argmax())
 
-def find_peak(module: Module) -> Peak:
-    """Replay a program."""
-    arguments = {}
-    for number, each in module.entry.parameters().items():
-        arguments[number] = tuple(
-            Buffer(_size(shape), shape, each, module.entry, number) for shape in each.shapes
-        )
-    peak = _replay(module, module.entry, arguments, _outputs(module))
-    fixed = tuple(buffer for leaves in arguments.values() for buffer in leaves if buffer.bytes)
-    return Peak(peak.bytes, fixed + peak.live)
-
-
-def _size(shape: Shape) -> float:
-    return shape.padded_bytes if shape.space == 0 else 0.0
-
-
-def _outputs(module: Module) -> frozenset[int]:
-    """Leaves of the program's result that lie in a donated argument."""
-    return frozenset(module.aliases)
+    def live(self, time: int) -> dict[int, list[Value]]:
+        """The values of each buffer that is live at a time, those of that moment first."""
+        found: dict[int, list[Value]] = {}
+        for value in self.values:
+            if value.start <= time <= value.end and value.bytes:
+                found.setdefault(value.buffer, []).append(value)
+        return found
 
 
-def _replay(
-    module: Module, computation: Computation, parameters: dict[int, tuple[Buffer, ...]],
-    placed: frozenset[int],
-) -> Peak:  # fmt: skip
-    """The peak of temporaries inside; `placed`: leaves of its result that have a place outside."""
-    made: dict[str, tuple[Buffer, ...]] = {}
-    inner: dict[int, Peak] = {}
-    own: list[tuple[int, Buffer]] = []
-    for index, each in enumerate(computation.instructions):
-        leaves, nested = _run(module, computation, each, made, parameters)
-        made[each.name] = leaves
-        if nested is not None:
-            inner[index] = nested
-        known = {id(buffer) for buffer in _known(computation, each, made, parameters)}
-        own += [(index, buffer) for buffer in leaves if id(buffer) not in known]
-    ends = made[computation.root.name]
-    outside = {id(ends[leaf]) for leaf in placed if leaf < len(ends)}
-    last = {id(buffer): index for index, buffer in own}
-    for index, each in enumerate(computation.instructions):
-        if each.opcode in ("tuple", "get-tuple-element"):
-            continue  # names, not uses
-        for name in each.operands:
-            last |= {id(buffer): index for buffer in made.get(name, ()) if id(buffer) in last}
-    last |= {id(buffer): len(computation.instructions) for buffer in ends if id(buffer) in last}
-    counted = [(index, b) for index, b in own if b.bytes and id(b) not in outside]
-    return _sweep(computation, counted, last, inner)
+def simulate(module: Module) -> Liveness:
+    """Follow the schedule of a program once."""
+    walk = _Walk(module)
+    walk.run()
+    return Liveness(module, walk.values, _timeline(walk.values, walk.clock), walk.place)
 
 
-def _known(computation, each: Instruction, made, parameters) -> Iterator[Buffer]:
-    """Buffers that were there before an instruction."""
-    for name in each.operands:
-        yield from made.get(name, ())
-    if each.opcode == "parameter":
-        yield from parameters.get(int(each.arguments), ())
+def _timeline(values: list[Value], end: int) -> np.ndarray:
+    """Bytes that are live at each time; the values of a buffer count once."""
+    steps = np.zeros(end + 2)
+    spans: dict[int, list[Value]] = {}
+    for value in values:
+        if value.bytes and value.end >= value.start:
+            spans.setdefault(value.buffer, []).append(value)
+    for members in spans.values():
+        size, last = max(value.bytes for value in members), -1
+        for value in sorted(members, key=lambda value: value.start):
+            start = max(value.start, last + 1)
+            if value.end >= start:
+                steps[start] += size
+                steps[value.end + 1] -= size
+                last = value.end
+    return steps.cumsum()[:-1]
 
 
-def _run(module, computation: Computation, each: Instruction, made, parameters):
-    """(buffers of the result's leaves, the peak inside of what it calls)."""
-    operands = [made.get(name, ()) for name in each.operands]
-    fresh = lambda: tuple(Buffer(_size(s), s, each, computation) for s in each.shapes)
-    if each.opcode == "parameter":
-        return parameters.get(int(each.arguments)) or fresh(), None
-    if each.opcode == "tuple":
-        return tuple(buffer for leaves in operands for buffer in leaves), None
-    if each.opcode == "get-tuple-element":
-        return _element(computation, each, operands[0]), None
-    if each.opcode in _ALIAS and operands:
-        return _part(operands[_ALIAS[each.opcode]], each.shapes), None
+class _Walk:
+    """The state of `simulate`: a clock, and the values that each instruction's result holds."""
+
+    def __init__(self, module: Module):
+        self.module = module
+        self.clock = 0
+        self.values: list[Value] = []
+        self.place: dict[str, tuple[int, ...]] = {}
+        self.parents: list[int] = []  # of a value, towards that which names its buffer
+        self.overwrites: list[tuple[int, int]] = []  # a result, an operand that it may overwrite
+
+    def run(self) -> None:
+        """Walk the entry; arguments, and what is written over them, live throughout."""
+        entry = self.module.entry
+        results = self._computation(entry, None)
+        for value in self.values:
+            if value.argument:
+                value.start, value.end = 0, self.clock
+        self._use(results, self.clock)
+        self._alias_outputs(results)
+        for one, other in self.overwrites:
+            if self.values[other].end == self.values[one].start:
+                self.values[one].start += 1
+        for i, value in enumerate(self.values):
+            value.buffer = self._find(i)
+
+    def _alias_outputs(self, results: tuple[int, ...]) -> None:
+        arguments = {
+            int(each.arguments): self.place[f"{self.module.entry.name}/{each.name}"]
+            for each in self.module.entry.instructions
+            if each.opcode == "parameter"
+        }
+        for output, parameter in self.module.aliases.items():
+            self._join(results[output], arguments[parameter][0])
+
+    def _computation(self, computation: Computation, given: list | None) -> tuple[int, ...]:
+        """Values of a computation's result; `given`: those of its parameters, None: new ones."""
+        results: tuple[int, ...] = ()
+        for each in computation.instructions:
+            operands = [self.place[f"{computation.name}/{name}"] for name in each.operands]
+            if each.opcode == "parameter" and given is not None:
+                made = given[int(each.arguments)]
+            else:
+                made = self._instruction(computation, each, operands)
+            self.place[f"{computation.name}/{each.name}"] = made
+            if each.root:
+                results = made
+        self._use(results, self.clock)
+        return results
+
+    def _instruction(self, computation, each, operands) -> tuple[int, ...]:
+        if each.opcode == "while":
+            return self._while(computation, each, operands[0])
+        if each.opcode in ("call", "conditional") or each.opcode == "async-start":
+            called = list(called_computations(self.module, each))
+            if called:
+                return self._call(computation, each, operands, called)
+        self.clock += 1
+        for operand in operands if each.opcode not in ("tuple", "bitcast") else ():
+            self._use(operand, self.clock)
+        return self._result(computation, each, operands)
+
+    def _while(self, computation, each, carried) -> tuple[int, ...]:
+        before = self._new(computation, each, range(len(each.shapes)))
+        for new, old in zip(before, carried, strict=True):
+            self._join(new, old)
+        self.clock += 1
+        self._use(carried, self.clock)
+        condition, body = called_computations(self.module, each)
+        for called in (condition, body):
+            inside = self._new(called, called.instructions[0], (), each.shapes)
+            for new, old in zip(inside, before, strict=True):
+                self._join(new, old)
+            results = self._computation(called, [inside])
+            if called is condition:  # the body's parameter needs what the condition saw
+                self._use(inside, self.clock)
+                continue
+            for new, old in zip(results, before, strict=True):
+                self._join(new, old)
+        self.clock += 1
+        for one in before:
+            self.values[one].start = self.values[one].end = self.clock
+        return before
+
+    def _call(self, computation, each, operands, called) -> tuple[int, ...]:
+        given = operands if each.opcode != "conditional" else operands[1:]
+        made: tuple[int, ...] = ()
+        for i, one in enumerate(called):
+            results = self._computation(
+                one, list(given) if each.opcode != "conditional" else [given[i]]
+            )
+            if not made:
+                made = self._new(computation, each, (), each.shapes[: len(results)])
+            for new, old in zip(made, results, strict=True):
+                self._join(new, old)
+        self.clock += 1
+        for operand in operands:
+            self._use(operand, self.clock)
+        for one in made:
+            self.values[one].start = self.values[one].end = self.clock
+        return made
+
+    def _result(self, computation, each, operands) -> tuple[int, ...]:
+        """Values of an instruction that calls nothing: new ones, or those of its operands."""
+        flat = tuple(value for operand in operands for value in operand)
+        opcode = each.opcode
+        if opcode == "get-tuple-element":
+            source = computation.by_name[each.operands[0]]
+            first = source.starts[int(each.attribute("index"))]
+            return flat[first : first + len(each.shapes)]
+        if opcode in ("tuple", "optimization-barrier"):
+            return flat
+        if opcode in ("bitcast", "bitcast-convert") and len(flat) == 1:
+            return flat
+        if opcode.endswith("-done"):
+            return flat[: len(each.shapes)]
+        if opcode.endswith("-start"):
+            return self._start(computation, each, flat)
+        made = self._new(computation, each, range(len(each.shapes)))
+        if opcode == "parameter":
+            for one in made:
+                self.values[one].argument = True
+        for result, operand in in_place(self.module, each):
+            if operand < len(operands) and result < len(made):
+                self._join(made[result], operands[operand][0])
+        for result, operand in may_overwrite(self.module, each):
+            if len(operands[operand]) == 1:
+                self.overwrites.append((made[result], operands[operand][0]))
+        return made
+
+    def _start(self, computation, each, flat) -> tuple[int, ...]:
+        """An asynchronous half: its results first, then its operands, which it goes on reading."""
+        shapes = each.shapes
+        if each.opcode == "copy-start":  # (result, operand, context)
+            shapes = shapes[:1]
+        elif each.opcode != "all-reduce-start" or len(shapes) > len(flat):
+            shapes = shapes[len(flat) :]  # ((operands), results, contexts)
+        made = self._new(computation, each, (), shapes)
+        if each.opcode == "all-reduce-start":
+            for new, old in zip(made, flat, strict=True):
+                self._join(new, old)
+        return (*made, *flat)
+
+    def _new(self, computation, each, leaves, shapes=None) -> tuple[int, ...]:
+        shapes = tuple(each.shapes[i] for i in leaves) if shapes is None else shapes
+        first = len(self.values)
+        for shape in shapes:
+            counts = shape.space == DEVICE and each.opcode not in FREE
+            size = int(shape.padded_bytes) if counts else 0
+            self.values.append(
+                Value(each, computation, shape, size, self.clock, self.clock, len(self.values))
+            )
+            self.parents.append(len(self.parents))
+        return tuple(range(first, len(self.values)))
+
+    def _use(self, values, time: int) -> None:
+        for value in values:
+            self.values[value].end = max(self.values[value].end, time)
+
+    def _find(self, value: int) -> int:
+        while self.parents[value] != value:
+            self.parents[value] = self.parents[self.parents[value]]
+            value = self.parents[value]
+        return value
+
+    def _join(self, one: int, other: int) -> None:
+        self.parents[self._find(one)] = self._find(other)
+
+
+def called_computations(module: Module, each: Instruction) -> Iterator[Computation]:
+    """What runs inside an instruction, in the order of the schedule."""
     if each.opcode == "while":
-        body = module.called(each, "body")
-        state = operands[0]
-        inside = {0: state}
-        placed = frozenset(range(len(state)))
-        return state, _replay(module, body, inside, placed)
-    if each.opcode == "conditional":
-        result = fresh()
-        peaks = [
-            _replay(module, branch, {0: leaves}, frozenset(range(len(result))))
-            for branch, leaves in zip(module.branches(each), operands[1:], strict=False)
-        ]
-        return result, max(peaks, key=lambda peak: peak.bytes, default=None)
-    called = module.called(each, "to_apply") if each.opcode == "call" else None
-    if called is not None:
-        result = fresh()
-        bound = dict(enumerate(operands))
-        return result, _replay(module, called, bound, frozenset(range(len(result))))
-    return _results(module, each, operands, fresh()), None
+        yield module.computations[each.attribute("condition")]
+        yield module.computations[each.attribute("body")]
+        return
+    found = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
+    names = re.findall(r"[\w.\-]+", found[1]) if found else []
+    roles = ("true_computation", "false_computation", "to_apply", "calls")
+    for name in names or [each.attribute(role) for role in roles]:
+        if name:
+            yield module.computations[name]
 
 
-def _element(computation: Computation, each: Instruction, leaves: tuple[Buffer, ...]):
-    """The leaves of one element of a tuple, by the number of leaves of each."""
-    index, source = int(each.attribute("index")), computation.by_name[each.operands[0]]
-    if len(source.shapes) == len(leaves):
-        start = source.starts[index]
-        return leaves[start : start + len(each.shapes)]
-    return leaves[index : index + len(each.shapes)]
-
-
-def _part(leaves: tuple[Buffer, ...], shapes: tuple[Shape, ...]) -> tuple[Buffer, ...]:
-    """The leaves that a -done returns of what its -start made: the last ones that fit."""
-    if len(leaves) <= len(shapes):
-        return leaves
-    wanted = [(shape.dtype, shape.dims, shape.space) for shape in shapes]
-    for start in range(len(leaves) - len(shapes), -1, -1):
-        found = [
-            (b.shape.dtype, b.shape.dims, b.shape.space) for b in leaves[start:][: len(shapes)]
-        ]
-        if found == wanted:
-            return leaves[start : start + len(shapes)]
-    return leaves[: len(shapes)]
-
-
-def _results(module: Module, each: Instruction, operands, fresh: tuple[Buffer, ...]):
-    """Buffers of a result; those that are updated in place, or begun from an operand, are its."""
-    if each.opcode == "dynamic-update-slice":
-        return operands[0]
-    if each.opcode.endswith("-start"):  # ((operands), results, contexts)
-        given = [buffer for leaves in operands for buffer in leaves]
-        result = []
-        for buffer in fresh:
-            same = next((g for g in given if g.shape == buffer.shape), None)
-            if same is not None:
-                given.remove(same)
-            result.append(same or buffer)
-        return tuple(result)
+def in_place(module: Module, each: Instruction) -> Iterator[tuple[int, int]]:
+    """(result, operand) pairs that lie in one buffer by definition."""
+    if each.opcode in IN_PLACE:
+        yield 0, 0
+    found = re.search(r"output_to_operand_aliasing=\{(.*?\})\}", each.attributes)
+    for result, operand in re.findall(r"\{([\d, ]*)\}: \((\d+),", found[1]) if found else ():
+        yield int(result or 0), int(operand)
     if each.opcode == "fusion":
-        return _fused(module, each, operands, fresh)
-    return fresh
+        called = module.computations[each.attribute("calls")]
+        for i, root in enumerate(_outputs(called)):
+            source = _through(called, root)
+            if source.opcode in IN_PLACE:
+                target = _through(called, called.by_name[source.operands[0]])
+                if target.opcode == "parameter":
+                    yield i, int(target.arguments)
 
 
-def _fused(module: Module, each: Instruction, operands, fresh: tuple[Buffer, ...]):
-    """A fusion that ends in an update of a slice writes into the operand that it updates."""
-    called = module.called(each, "calls")
-    assert called is not None, each
-    root = called.root
-    outs = [called.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    result = list(fresh)
-    for leaf, out in enumerate(outs[: len(fresh)]):
-        number = _updated(module, called, out)
-        if (
-            number is not None
-            and operands[number]
-            and operands[number][0].bytes == fresh[leaf].bytes
-        ):
-            result[leaf] = operands[number][0]
-    return tuple(result)
+def _outputs(computation: Computation) -> list[Instruction]:
+    root = next(each for each in reversed(computation.instructions) if each.root)
+    return [computation.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
 
 
-def _updated(module: Module, computation: Computation, out: Instruction) -> int | None:
-    """The parameter of a fused computation that a value is an update of, in place."""
-    updates = False
-    while True:
-        if out.opcode == "parameter":
-            return int(out.arguments) if updates else None
-        if out.opcode == "fusion":
-            inner = module.called(out, "calls")
-            assert inner
-            number = _updated(module, inner, inner.root)
-            if number is None:
-                return None
-            updates, out = True, computation.by_name[out.operands[number]]
-            continue
-        updates = updates or out.opcode == "dynamic-update-slice"
-        if out.opcode not in ("dynamic-update-slice", "bitcast", "convert", "copy"):
-            return None
-        out = computation.by_name[out.operands[0]]
+def _through(computation: Computation, each: Instruction) -> Instruction:
+    """The instruction that made a value, seen through bitcasts."""
+    while each.opcode == "bitcast":
+        each = computation.by_name[each.operands[0]]
+    return each
 
 
-def _sweep(computation: Computation, own, last: dict[int, int], inner: dict[int, Peak]) -> Peak:
-    """Walk the schedule, making and freeing buffers."""
-    starts: dict[int, list[Buffer]] = {}
-    ends: dict[int, list[Buffer]] = {}
-    for index, buffer in own:
-        starts.setdefault(index, []).append(buffer)
-        ends.setdefault(last[id(buffer)], []).append(buffer)
-    live: dict[int, Buffer] = {}
-    total, best = 0.0, Peak(0.0, ())
-    for index, each in enumerate(computation.instructions):
-        shared = 0.0
-        if each.opcode in _SHARES:  # what dies here may hold what is made here
-            free = [buffer.bytes for buffer in ends.get(index, ()) if id(buffer) in live]
-            for buffer in starts.get(index, ()):
-                if buffer.bytes in free:
-                    free.remove(buffer.bytes)
-                    shared += buffer.bytes
-        for buffer in starts.get(index, ()):
-            live[id(buffer)] = buffer
-            total += buffer.bytes
-        within = inner.get(index, Peak(0.0, ()))
-        if total - shared + within.bytes > best.bytes:
-            best = Peak(total - shared + within.bytes, (*live.values(), *within.live))
-        for buffer in ends.get(index, ()):
-            if live.pop(id(buffer), None) is not None:
-                total -= buffer.bytes
-    return best
+def may_overwrite(module: Module, each: Instruction) -> Iterator[tuple[int, int]]:
+    """(result, operand) pairs of which the result may lie where an operand was read last."""
+    if each.opcode in ELEMENTWISE:
+        yield from ((0, i) for i in range(len(each.operands)))
+    if each.opcode != "fusion":
+        return
+    called = module.computations[each.attribute("calls")]
+    outputs = _outputs(called)
+    users: dict[str, list[Instruction]] = {}
+    for one in called.instructions:
+        for name in one.operands:
+            users.setdefault(name, []).append(one)
+    for parameter in called.instructions:
+        if parameter.opcode == "parameter" and len(parameter.shapes) == 1:
+            if _elementwise(parameter, users):
+                for i, output in enumerate(outputs):
+                    if output.shapes[0].padded_bytes == parameter.shapes[0].padded_bytes:
+                        yield i, int(parameter.arguments)
+
+
+def _elementwise(parameter: Instruction, users: dict[str, list[Instruction]]) -> bool:
+    """Whether all that is computed of a parameter takes the same element of it."""
+    stack, seen = [parameter], set()
+    while stack:
+        one = stack.pop()
+        for user in users.get(one.name, ()):
+            same = user.opcode in ELEMENTWISE and user.shapes[0].dims == parameter.shapes[0].dims
+            if not same and user.opcode not in ("tuple", "bitcast"):
+                return False
+            if user.name not in seen:
+                seen.add(user.name)
+                stack.append(user)
+    return True
