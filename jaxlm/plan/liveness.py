@@ -1,337 +1,247 @@
-"""When every buffer of a compiled program is live, from its schedule: what the peak is made of.
+"""The memory of a compiled program by class: what its peak is made of, and its largest buffers.
 
-XLA's buffer assignment is followed (xla/service: hlo_live_range.cc, hlo_dataflow_analysis.cc,
-heap_simulator.cc): the schedule is flattened, a loop's body once and before the loop itself; what
-a loop carries, and what is updated in place, lies in one buffer; an instruction may write over an
-operand of its shape that nobody reads later.
+`replay.py` says which buffers are live at the peak; here each gets its class from the names of the
+program's arguments, from the scopes of the instructions that write it, and from its part in the
+program: what the forward pass writes and the backward pass reads is saved.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import numpy as np
+from jaxlm import config as cfg
+from jaxlm.plan import replay
+from jaxlm.plan.cost import MEMORY, PARTS
+from jaxlm.plan.hlo import Module, Shape
+from jaxlm.plan.replay import Value
+from jaxlm.sharding import Layout, partitions
+from jaxlm.state import Structure
 
-from jaxlm.plan.hlo import Computation, Instruction, Module, Shape
-
-DEVICE = 0  # the memory space that counts; on TPU 1 is VMEM, 5 the host's
-FREE = ("bitcast", "get-tuple-element", "tuple", "optimization-barrier", "constant", "after-all")
-IN_PLACE = ("dynamic-update-slice", "scatter", "all-reduce-start")
-# An output may overwrite an operand that it reads element by element, or of a slice's update.
-ELEMENTWISE = frozenset(
-    "abs add and atan2 cbrt ceil clamp compare convert copy cosine divide erf exponential "
-    "exponential-minus-one floor is-finite log log-plus-one logistic maximum minimum multiply "
-    "negate not or power remainder round-nearest-afz round-nearest-even rsqrt select shift-left "
-    "shift-right-arithmetic shift-right-logical sign sine sqrt subtract tan tanh xor".split()
-)
+ARGUMENTS = {
+    "state.params": "parameters", "state.fixed": "parameters", "state.opt": "optimizer",
+    "state.step": "optimizer", "batch": "batch",
+}  # fmt: skip
+UNEXPLAINED = "unexplained"
 
 
-@dataclasses.dataclass(slots=True)
-class Value:
-    """One array that an instruction makes, and the part of the schedule in which it is needed."""
+class Buffer(NamedTuple):
+    """A buffer that is live at the peak."""
 
-    instruction: Instruction
-    computation: Computation
-    shape: Shape
     bytes: int
-    start: int
-    end: int
-    buffer: int  # where it lies: all values of a buffer share its bytes
-    argument: bool = False  # of the program: it is there from the start to the end
+    kind: str  # its class, as in Split.classes
+    name: str  # a parameter, or the part of the model that makes it
+    shape: str  # bf16[2,1024,512] on one device
+    source: str  # the line that made it, "jaxlm/models/llama.py:94"
+    scope: str  # the compiler's op_name
 
 
-@dataclasses.dataclass
-class Liveness:
-    """All values of a program, and how many bytes are live at each place of the schedule."""
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Bytes of one device at the peak, by class; they sum to the compiler's peak."""
 
-    module: Module
-    values: list[Value]
-    bytes: np.ndarray  # by time
-    place: dict[str, tuple[int, ...]]  # "computation/instruction" -> values of its result
+    classes: dict[str, float]
+    buffers: tuple[Buffer, ...]  # the largest first
+    code: float  # of the program itself: beside the peak, the compilers do not count it
+    reserved: float  # arguments, results, temporaries as they are packed, and code
 
     @property
-    def time(self) -> int:
-        """The moment of the peak."""
-        return int(self.bytes.argmax())
-
-    def live(self, time: int) -> dict[int, list[Value]]:
-        """The values of each buffer that is live at a time, those of that moment first."""
-        found: dict[int, list[Value]] = {}
-        for value in self.values:
-            if value.start <= time <= value.end and value.bytes:
-                found.setdefault(value.buffer, []).append(value)
-        return found
+    def peak(self) -> float:
+        """The compiler's peak."""
+        return sum(self.classes.values())
 
 
-def simulate(module: Module) -> Liveness:
-    """Follow the schedule of a program once."""
-    walk = _Walk(module)
-    walk.run()
-    return Liveness(module, walk.values, _timeline(walk.values, walk.clock), walk.place)
+class Shapes(NamedTuple):
+    """Sizes on one device, by which arrays of the model are told from one another."""
+
+    weights: dict[tuple[int, ...], str]  # dimensions, sorted and without ones -> a parameter
+    vocab: int  # rows of the vocabulary
+    stream: tuple[int, ...]  # the residual stream of a microbatch
 
 
-def _timeline(values: list[Value], end: int) -> np.ndarray:
-    """Bytes that are live at each time; the values of a buffer count once."""
-    steps = np.zeros(end + 2)
-    spans: dict[int, list[Value]] = {}
-    for value in values:
-        if value.bytes and value.end >= value.start:
-            spans.setdefault(value.buffer, []).append(value)
-    for members in spans.values():
-        size, last = max(value.bytes for value in members), -1
-        for value in sorted(members, key=lambda value: value.start):
-            start = max(value.start, last + 1)
-            if value.end >= start:
-                steps[start] += size
-                steps[value.end + 1] -= size
-                last = value.end
-    return steps.cumsum()[:-1]
+def compiler_peak(memory: Any) -> float:
+    """Peak bytes by `compiled.memory_analysis()`.
+
+    CPU's plugin leaves temporaries out of its peak; it allocates them as one block.
+    """
+    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak, temporary = memory.peak_memory_in_bytes, memory.temp_size_in_bytes
+    return float(peak if peak - whole >= temporary / 2 else whole + temporary)
 
 
-class _Walk:
-    """The state of `simulate`: a clock, and the values that each instruction's result holds."""
-
-    def __init__(self, module: Module):
-        self.module = module
-        self.clock = 0
-        self.values: list[Value] = []
-        self.place: dict[str, tuple[int, ...]] = {}
-        self.parents: list[int] = []  # of a value, towards that which names its buffer
-        self.overwrites: list[tuple[int, int]] = []  # a result, an operand that it may overwrite
-
-    def run(self) -> None:
-        """Walk the entry; arguments, and what is written over them, live throughout."""
-        entry = self.module.entry
-        results = self._computation(entry, None)
-        for value in self.values:
-            if value.argument:
-                value.start, value.end = 0, self.clock
-        self._use(results, self.clock)
-        self._alias_outputs(results)
-        for one, other in self.overwrites:
-            if self.values[other].end == self.values[one].start:
-                self.values[one].start += 1
-        for i, value in enumerate(self.values):
-            value.buffer = self._find(i)
-
-    def _alias_outputs(self, results: tuple[int, ...]) -> None:
-        arguments = {
-            int(each.arguments): self.place[f"{self.module.entry.name}/{each.name}"]
-            for each in self.module.entry.instructions
-            if each.opcode == "parameter"
-        }
-        for output, parameter in self.module.aliases.items():
-            self._join(results[output], arguments[parameter][0])
-
-    def _computation(self, computation: Computation, given: list | None) -> tuple[int, ...]:
-        """Values of a computation's result; `given`: those of its parameters, None: new ones."""
-        results: tuple[int, ...] = ()
-        for each in computation.instructions:
-            operands = [self.place[f"{computation.name}/{name}"] for name in each.operands]
-            if each.opcode == "parameter" and given is not None:
-                made = given[int(each.arguments)]
-            else:
-                made = self._instruction(computation, each, operands)
-            self.place[f"{computation.name}/{each.name}"] = made
-            if each.root:
-                results = made
-        self._use(results, self.clock)
-        return results
-
-    def _instruction(self, computation, each, operands) -> tuple[int, ...]:
-        if each.opcode == "while":
-            return self._while(computation, each, operands[0])
-        if each.opcode in ("call", "conditional") or each.opcode == "async-start":
-            called = list(called_computations(self.module, each))
-            if called:
-                return self._call(computation, each, operands, called)
-        self.clock += 1
-        for operand in operands if each.opcode not in ("tuple", "bitcast") else ():
-            self._use(operand, self.clock)
-        return self._result(computation, each, operands)
-
-    def _while(self, computation, each, carried) -> tuple[int, ...]:
-        before = self._new(computation, each, range(len(each.shapes)))
-        for new, old in zip(before, carried, strict=True):
-            self._join(new, old)
-        self.clock += 1
-        self._use(carried, self.clock)
-        condition, body = called_computations(self.module, each)
-        for called in (condition, body):
-            inside = self._new(called, called.instructions[0], (), each.shapes)
-            for new, old in zip(inside, before, strict=True):
-                self._join(new, old)
-            results = self._computation(called, [inside])
-            if called is condition:  # the body's parameter needs what the condition saw
-                self._use(inside, self.clock)
-                continue
-            for new, old in zip(results, before, strict=True):
-                self._join(new, old)
-        self.clock += 1
-        for one in before:
-            self.values[one].start = self.values[one].end = self.clock
-        return before
-
-    def _call(self, computation, each, operands, called) -> tuple[int, ...]:
-        given = operands if each.opcode != "conditional" else operands[1:]
-        made: tuple[int, ...] = ()
-        for i, one in enumerate(called):
-            results = self._computation(
-                one, list(given) if each.opcode != "conditional" else [given[i]]
-            )
-            if not made:
-                made = self._new(computation, each, (), each.shapes[: len(results)])
-            for new, old in zip(made, results, strict=True):
-                self._join(new, old)
-        self.clock += 1
-        for operand in operands:
-            self._use(operand, self.clock)
-        for one in made:
-            self.values[one].start = self.values[one].end = self.clock
-        return made
-
-    def _result(self, computation, each, operands) -> tuple[int, ...]:
-        """Values of an instruction that calls nothing: new ones, or those of its operands."""
-        flat = tuple(value for operand in operands for value in operand)
-        opcode = each.opcode
-        if opcode == "get-tuple-element":
-            source = computation.by_name[each.operands[0]]
-            first = source.starts[int(each.attribute("index"))]
-            return flat[first : first + len(each.shapes)]
-        if opcode in ("tuple", "optimization-barrier"):
-            return flat
-        if opcode in ("bitcast", "bitcast-convert") and len(flat) == 1:
-            return flat
-        if opcode.endswith("-done"):
-            return flat[: len(each.shapes)]
-        if opcode.endswith("-start"):
-            return self._start(computation, each, flat)
-        made = self._new(computation, each, range(len(each.shapes)))
-        if opcode == "parameter":
-            for one in made:
-                self.values[one].argument = True
-        for result, operand in in_place(self.module, each):
-            if operand < len(operands) and result < len(made):
-                self._join(made[result], operands[operand][0])
-        for result, operand in may_overwrite(self.module, each):
-            if len(operands[operand]) == 1:
-                self.overwrites.append((made[result], operands[operand][0]))
-        return made
-
-    def _start(self, computation, each, flat) -> tuple[int, ...]:
-        """An asynchronous half: its results first, then its operands, which it goes on reading."""
-        shapes = each.shapes
-        if each.opcode == "copy-start":  # (result, operand, context)
-            shapes = shapes[:1]
-        elif each.opcode != "all-reduce-start" or len(shapes) > len(flat):
-            shapes = shapes[len(flat) :]  # ((operands), results, contexts)
-        made = self._new(computation, each, (), shapes)
-        if each.opcode == "all-reduce-start":
-            for new, old in zip(made, flat, strict=True):
-                self._join(new, old)
-        return (*made, *flat)
-
-    def _new(self, computation, each, leaves, shapes=None) -> tuple[int, ...]:
-        shapes = tuple(each.shapes[i] for i in leaves) if shapes is None else shapes
-        first = len(self.values)
-        for shape in shapes:
-            counts = shape.space == DEVICE and each.opcode not in FREE
-            size = int(shape.padded_bytes) if counts else 0
-            self.values.append(
-                Value(each, computation, shape, size, self.clock, self.clock, len(self.values))
-            )
-            self.parents.append(len(self.parents))
-        return tuple(range(first, len(self.values)))
-
-    def _use(self, values, time: int) -> None:
-        for value in values:
-            self.values[value].end = max(self.values[value].end, time)
-
-    def _find(self, value: int) -> int:
-        while self.parents[value] != value:
-            self.parents[value] = self.parents[self.parents[value]]
-            value = self.parents[value]
-        return value
-
-    def _join(self, one: int, other: int) -> None:
-        self.parents[self._find(one)] = self._find(other)
+def split_memory(
+    module: Module, memory: Any, layout: Layout, structure: Structure, config: cfg.Config
+) -> Split:
+    """Classify every buffer that is live at the peak; what is not found is `unexplained`."""
+    liveness = replay.simulate(module)
+    shapes = local_shapes(layout, structure, config)
+    buffers = [
+        describe(module, liveness, members, shapes)
+        for members in liveness.live(liveness.time).values()
+    ]
+    classes: dict[str, float] = {}
+    for one in buffers:
+        classes[one.kind] = classes.get(one.kind, 0.0) + one.bytes
+    peak = compiler_peak(memory)
+    classes[UNEXPLAINED] = peak - sum(classes.values())
+    order = [*MEMORY, UNEXPLAINED]
+    rank = lambda kind: (order.index(kind.split("/")[0]), kind)
+    code = float(memory.generated_code_size_in_bytes)
+    reserved = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes + code
+    )  # fmt: skip
+    return Split(
+        {kind: classes[kind] for kind in sorted(classes, key=rank)},
+        tuple(sorted(buffers, key=lambda one: -one.bytes)), code, reserved,
+    )  # fmt: skip
 
 
-def called_computations(module: Module, each: Instruction) -> Iterator[Computation]:
-    """What runs inside an instruction, in the order of the schedule."""
-    if each.opcode == "while":
-        yield module.computations[each.attribute("condition")]
-        yield module.computations[each.attribute("body")]
-        return
-    found = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
-    names = re.findall(r"[\w.\-]+", found[1]) if found else []
-    roles = ("true_computation", "false_computation", "to_apply", "calls")
-    for name in names or [each.attribute(role) for role in roles]:
-        if name:
-            yield module.computations[name]
+def largest(split: Split, count: int) -> list[Buffer]:
+    """The largest buffers at the peak."""
+    return list(split.buffers[:count])
 
 
-def in_place(module: Module, each: Instruction) -> Iterator[tuple[int, int]]:
-    """(result, operand) pairs that lie in one buffer by definition."""
-    if each.opcode in IN_PLACE:
-        yield 0, 0
-    found = re.search(r"output_to_operand_aliasing=\{(.*?\})\}", each.attributes)
-    for result, operand in re.findall(r"\{([\d, ]*)\}: \((\d+),", found[1]) if found else ():
-        yield int(result or 0), int(operand)
-    if each.opcode == "fusion":
-        called = module.computations[each.attribute("calls")]
-        for i, root in enumerate(_outputs(called)):
-            source = _through(called, root)
-            if source.opcode in IN_PLACE:
-                target = _through(called, called.by_name[source.operands[0]])
-                if target.opcode == "parameter":
-                    yield i, int(target.arguments)
+def local_shapes(layout: Layout, structure: Structure, config: cfg.Config) -> Shapes:
+    """What the arrays of a model are on one device, at rest and in use, one layer or stacked."""
+    weights: dict[tuple[int, ...], str] = {}
+    for name in structure.weights:
+        dims, shape = structure.dims[name], structure.shapes[name]
+        for spec in (layout.stored(dims), layout.spec(dims)):
+            local = _shard(layout, shape, spec)
+            for one in (local, local[1:] if dims.startswith("layers ") else local):
+                if len(_key(one)) > 1:
+                    weights.setdefault(_key(one), name)
+    batch = config.batch
+    stream = (
+        max(1, batch.sequences // batch.microbatches), batch.sequence_length,
+        config.model.embed_dim,
+    )  # fmt: skip
+    vocab = (cfg.padded_vocab(config.model),)
+    return Shapes(
+        weights, _shard(layout, vocab, layout.spec("vocab"))[0],
+        _key(_shard(layout, stream, layout.spec("batch residual_seq _"))),
+    )  # fmt: skip
 
 
-def _outputs(computation: Computation) -> list[Instruction]:
-    root = next(each for each in reversed(computation.instructions) if each.root)
-    return [computation.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
+def _shard(layout: Layout, shape: tuple[int, ...], spec) -> tuple[int, ...]:
+    sizes = dict(layout.axes)
+    axes = lambda entry: (entry,) if isinstance(entry, str) else entry or ()
+    counts = [math.prod(sizes[axis] for axis in axes(entry)) for entry in partitions(spec)]
+    return tuple(-(-n // count) for n, count in zip(shape, counts, strict=True))
 
 
-def _through(computation: Computation, each: Instruction) -> Instruction:
-    """The instruction that made a value, seen through bitcasts."""
-    while each.opcode == "bitcast":
-        each = computation.by_name[each.operands[0]]
-    return each
+def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(n for n in dims if n > 1))
 
 
-def may_overwrite(module: Module, each: Instruction) -> Iterator[tuple[int, int]]:
-    """(result, operand) pairs of which the result may lie where an operand was read last."""
-    if each.opcode in ELEMENTWISE:
-        yield from ((0, i) for i in range(len(each.operands)))
-    if each.opcode != "fusion":
-        return
-    called = module.computations[each.attribute("calls")]
-    outputs = _outputs(called)
-    users: dict[str, list[Instruction]] = {}
-    for one in called.instructions:
-        for name in one.operands:
-            users.setdefault(name, []).append(one)
-    for parameter in called.instructions:
-        if parameter.opcode == "parameter" and len(parameter.shapes) == 1:
-            if _elementwise(parameter, users):
-                for i, output in enumerate(outputs):
-                    if output.shapes[0].padded_bytes == parameter.shapes[0].padded_bytes:
-                        yield i, int(parameter.arguments)
+def describe(
+    module: Module, liveness: replay.Liveness, members: list[Value], shapes: Shapes
+) -> Buffer:
+    """One buffer, from all the values that lie in it during the program."""
+    argument = next((value for value in members if value.argument), None)
+    if argument is not None:
+        op_name = argument.instruction.op_name
+        place, name = _argument(op_name)
+        return Buffer(
+            argument.bytes, ARGUMENTS.get(place, "workspace"), name, _text(argument.shape), "",
+            op_name,
+        )  # fmt: skip
+    first = max(members, key=lambda value: value.bytes)
+    writers = _writers(liveness, members)
+    maker = next((value for value in writers if _part(value.scope)), (writers or [first])[0])
+    readers = liveness.readers.get(first.buffer, set())
+    weight = shapes.weights.get(_key(first.shape.dims), "")
+    kind = _kind(first.shape, writers, readers, weight, shapes, _part(maker.scope))
+    if kind.startswith("saved/") and _carried(liveness, members) and _is_stream(first, shapes):
+        kind = "saved/block input"
+    name = weight or _part(maker.scope) or "other"
+    source = _source(module, maker)
+    return Buffer(first.bytes, kind, name, _text(first.shape), source, maker.scope)
 
 
-def _elementwise(parameter: Instruction, users: dict[str, list[Instruction]]) -> bool:
-    """Whether all that is computed of a parameter takes the same element of it."""
-    stack, seen = [parameter], set()
-    while stack:
-        one = stack.pop()
-        for user in users.get(one.name, ()):
-            same = user.opcode in ELEMENTWISE and user.shapes[0].dims == parameter.shapes[0].dims
-            if not same and user.opcode not in ("tuple", "bitcast"):
-                return False
-            if user.name not in seen:
-                seen.add(user.name)
-                stack.append(user)
-    return True
+def _writers(liveness: replay.Liveness, members: list[Value]) -> list[Value]:
+    """The values of a buffer that are computed; of a copy, those of what it is a copy of."""
+    for _ in range(8):
+        writers = [value for value in members if value.scope]
+        sources = {liveness.values[v.source].buffer for v in members if v.source >= 0}
+        if writers or not sources:
+            return writers
+        members = [value for value in liveness.values if value.buffer in sources]
+    return []
+
+
+def _argument(op_name: str) -> tuple[str, str]:
+    """state.params['embed'] as (state.params, embed); of the optimizer, the moment as well."""
+    place = next((one for one in ARGUMENTS if op_name.startswith(one)), "")
+    keys = re.findall(r"\['([^']*)'\]", op_name)
+    moment = re.search(r"\.(mu|nu|count|\w+)\[", op_name.removeprefix(place))
+    name = keys[-1] if keys else op_name
+    return place, f"{moment[1]} {name}" if moment and place == "state.opt" else name
+
+
+def _kind(
+    shape: Shape, writers: list[Value], readers: set[str], weight: str, shapes: Shapes, part: str
+) -> str:
+    """The class of a temporary."""
+    scopes = [value.scope for value in writers]
+    forward = any(map(_in_forward, scopes))
+    if not weight and shapes.vocab in shape.dims and any(map(_in_head, scopes)):
+        return "logits"
+    used = any(map(_in_forward, readers)) or any(
+        value.origin.opcode.startswith("all-gather") or value.scope.startswith("state.")
+        for value in writers
+    )
+    if weight and not forward and not used and not any("optimizer" in scope for scope in scopes):
+        return "gradients"
+    if not forward or not any("transpose(" in reader for reader in readers):
+        return "workspace"
+    return "saved/weights" if weight else f"saved/{part or 'residuals'}"
+
+
+def _in_forward(scope: str) -> bool:
+    return "jvp(" in scope and "transpose(" not in scope
+
+
+def _in_head(scope: str) -> bool:
+    return re.search(r"[(/]head[)/]", scope) is not None
+
+
+def _carried(liveness: replay.Liveness, members: list[Value]) -> bool:
+    """Whether a buffer collects what a loop carries from one layer to the next."""
+    sources = (liveness.values[value.source] for value in members if value.source >= 0)
+    return any(source.instruction.opcode == "parameter" for source in sources)
+
+
+def _is_stream(value: Value, shapes: Shapes) -> bool:
+    """Whether it is the residual stream, or a stack of it."""
+    key = _key(value.shape.dims)
+    return key == shapes.stream or any(_without(key, n) == shapes.stream for n in key)
+
+
+def _without(key: tuple[int, ...], number: int) -> tuple[int, ...]:
+    left = list(key)
+    left.remove(number)
+    return tuple(left)
+
+
+def _part(scope: str) -> str:
+    """The innermost part of the model that a scope names; empty: none."""
+    known = (*PARTS, "embedding")
+    found = [word for word in re.split(r"[/()]", scope) if word in known]
+    return found[-1] if found else ""
+
+
+def _text(shape: Shape) -> str:
+    return f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
+
+
+def _source(module: Module, value: Value) -> str:
+    """The innermost line of jaxlm that made a value; where there is none, the innermost line."""
+    places = module.source(value.origin)
+    own = [(file, line) for file, line in places if "/jaxlm/" in file and "/site-" not in file]
+    for file, line in own or places[:1]:
+        return f"{'jaxlm/' + file.rsplit('/jaxlm/', 1)[1] if own else file}:{line}"
+    return ""
