@@ -16,6 +16,7 @@ from jaxlm import config as cfg
 from jaxlm.plan import replay
 from jaxlm.plan.cost import MEMORY, PARTS
 from jaxlm.plan.hlo import Module, Shape
+from jaxlm.plan.packing import packed_bytes
 from jaxlm.plan.replay import Value
 from jaxlm.sharding import Layout, partitions
 from jaxlm.state import Structure
@@ -24,6 +25,7 @@ ARGUMENTS = {
     "state.params": "parameters", "state.fixed": "parameters", "state.opt": "optimizer",
     "state.step": "optimizer", "batch": "batch",
 }  # fmt: skip
+PACKING = "fragmentation"  # gaps between the temporaries, where the peak is that of their block
 UNEXPLAINED = "unexplained"
 
 
@@ -61,14 +63,17 @@ class Shapes(NamedTuple):
     stream: tuple[int, ...]  # the residual stream of a microbatch
 
 
-def compiler_peak(memory: Any) -> float:
-    """Peak bytes by `compiled.memory_analysis()`.
+def compiler_peak(memory: Any) -> tuple[float, bool]:
+    """Peak bytes by `compiled.memory_analysis()`, and whether they are those of one packed block.
 
-    CPU's plugin leaves temporaries out of its peak; it allocates them as one block.
+    The peak of TPU and GPU is of what is live. CPU's leaves temporaries out, and allocates them as
+    one block: that is its peak.
     """
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak, temporary = memory.peak_memory_in_bytes, memory.temp_size_in_bytes
-    return float(peak if peak - whole >= temporary / 2 else whole + temporary)
+    if peak - whole >= temporary / 2:
+        return float(peak), False
+    return float(whole + temporary), True
 
 
 def split_memory(
@@ -84,9 +89,11 @@ def split_memory(
     classes: dict[str, float] = {}
     for one in buffers:
         classes[one.kind] = classes.get(one.kind, 0.0) + one.bytes
-    peak = compiler_peak(memory)
+    peak, packed = compiler_peak(memory)
+    if packed:
+        classes[PACKING] = lost_to_packing(liveness)
     classes[UNEXPLAINED] = peak - sum(classes.values())
-    order = [*MEMORY, UNEXPLAINED]
+    order = [*MEMORY, PACKING, UNEXPLAINED]
     rank = lambda kind: (order.index(kind.split("/")[0]), kind)
     code = float(memory.generated_code_size_in_bytes)
     reserved = (
@@ -97,6 +104,14 @@ def split_memory(
         {kind: classes[kind] for kind in sorted(classes, key=rank)},
         tuple(sorted(buffers, key=lambda one: -one.bytes)), code, reserved,
     )  # fmt: skip
+
+
+def lost_to_packing(liveness: replay.Liveness) -> float:
+    """Bytes of the block of temporaries that nothing live takes at the peak."""
+    arguments = {value.buffer for value in liveness.values if value.argument}
+    temporaries = [value for value in liveness.values if value.buffer not in arguments]
+    held = sum(value.bytes for value in liveness.values if value.argument)
+    return packed_bytes(temporaries) - (float(liveness.bytes.max()) - held)
 
 
 def largest(split: Split, count: int) -> list[Buffer]:
@@ -229,7 +244,7 @@ def _without(key: tuple[int, ...], number: int) -> tuple[int, ...]:
 
 def _part(scope: str) -> str:
     """The innermost part of the model that a scope names; empty: none."""
-    known = (*PARTS, "embedding")
+    known = {*PARTS, "embedding"} - {"optimizer", "other"}
     found = [word for word in re.split(r"[/()]", scope) if word in known]
     return found[-1] if found else ""
 
