@@ -71,7 +71,7 @@ def compiler_peak(memory: Any) -> tuple[float, bool]:
     """
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak, temporary = memory.peak_memory_in_bytes, memory.temp_size_in_bytes
-    if peak - whole >= temporary / 2:
+    if peak - whole > temporary / 100:
         return float(peak), False
     return float(whole + temporary), True
 
@@ -169,7 +169,10 @@ def describe(
     maker = next((value for value in writers if _part(value.scope)), (writers or [first])[0])
     readers = liveness.readers.get(first.buffer, set())
     weight = shapes.weights.get(_key(first.shape.dims), "")
-    kind = _kind(first.shape, writers, readers, weight, shapes, _part(maker.scope))
+    kind = _kind(writers, readers, weight, _part(maker.scope))
+    head = any(_in_head(value.instruction.op_name) for value in members)
+    if head and not weight and shapes.vocab in first.shape.dims:
+        kind = "logits"
     if kind.startswith("saved/") and _carried(liveness, members) and _is_stream(first, shapes):
         kind = "saved/block input"
     name = weight or _part(maker.scope) or "other"
@@ -197,14 +200,10 @@ def _argument(op_name: str) -> tuple[str, str]:
     return place, f"{moment[1]} {name}" if moment and place == "state.opt" else name
 
 
-def _kind(
-    shape: Shape, writers: list[Value], readers: set[str], weight: str, shapes: Shapes, part: str
-) -> str:
-    """The class of a temporary."""
+def _kind(writers: list[Value], readers: set[str], weight: str, part: str) -> str:
+    """The class of a temporary; `weight`: the parameter whose shape it has, `part`: its maker."""
     scopes = [value.scope for value in writers]
     forward = any(map(_in_forward, scopes))
-    if not weight and shapes.vocab in shape.dims and any(map(_in_head, scopes)):
-        return "logits"
     used = any(map(_in_forward, readers)) or any(
         value.origin.opcode.startswith("all-gather") or value.scope.startswith("state.")
         for value in writers
@@ -226,8 +225,12 @@ def _in_head(scope: str) -> bool:
 
 def _carried(liveness: replay.Liveness, members: list[Value]) -> bool:
     """Whether a buffer collects what a loop carries from one layer to the next."""
-    sources = (liveness.values[value.source] for value in members if value.source >= 0)
-    return any(source.instruction.opcode == "parameter" for source in sources)
+    for value in members:
+        while value.source >= 0:
+            value = liveness.values[value.source]
+            if value.instruction.opcode == "parameter" and not value.argument:
+                return True
+    return False
 
 
 def _is_stream(value: Value, shapes: Shapes) -> bool:

@@ -177,7 +177,7 @@ class _Walk:
             for operand in operands:
                 self._use(operand, self.clock, each.op_name)
         made = self._result(computation, each, operands)
-        if "/" not in each.op_name:
+        if "/" not in each.op_name and each.opcode not in FREE:
             self.unnamed += [(old, new) for group in operands for old in group for new in made]
         return made
 
