@@ -97,7 +97,9 @@ def test_confirmed_by_a_real_compiler():
     def measure(one: cfg.Config) -> dict:
         return {"peak_bytes": split_programs.split(one, "cpu:8").peak, "step_seconds": 1.0}
 
-    peak = measure(config)["peak_bytes"]
+    found = split_programs.split(config, "cpu:8")
+    lines, peak = fit.explain_memory(found, 4), found.peak
+    assert len(lines) == 4 and any("jaxlm/" in line and ".py:" in line for line in lines)
     edits = fit.propose(config, TARGET, measure, limit=0.8 * peak, count=1, tries=2)
     assert edits and edits[0].peak_bytes < 0.8 * peak
     assert edits[0].config.remat.policy == "full"

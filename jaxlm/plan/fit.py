@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jaxlm import config as cfg
+from jaxlm.plan.liveness import Split, largest
 from jaxlm.plan.target import Target
 from jaxlm.validate import resolve_mesh, validate
 
@@ -190,6 +191,14 @@ def _order(
 
 def _text(value: Any) -> str:
     return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
+
+
+def explain_memory(split: Split, count: int = 8) -> list[str]:
+    """The largest buffers at the peak, a line each: bytes, class, name, shape, where it is made."""
+    return [
+        f"{one.bytes / GB:.3f} GB {one.kind}: {one.name} {one.shape} {one.source}".rstrip()
+        for one in largest(split, count)
+    ]
 
 
 def describe(edit: Edit) -> str:
