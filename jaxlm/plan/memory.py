@@ -139,10 +139,17 @@ def phases(
     config: cfg.Config, layout: Layout, structure: Structure, target: Target
 ) -> dict[str, Sizes]:
     """What every phase of the step holds."""
-    run = _run(config, layout, structure, HABITS[target.platform])
+    run = _run(config, layout, structure, _habits(target))
     make = _pipeline if layout.size("layers") > 1 else _microbatches
     state = _state(run, structure)
     return {name: state | _off_chip(run, sizes) for name, sizes in make(run).items()}
+
+
+def _habits(target: Target) -> Habits:
+    """The table's, with the on-chip memory that the compiler's options leave to temporaries."""
+    habits, options = HABITS[target.platform], dict(target.kind.compiler_options)
+    kernels = 1024 * int(options.get("xla_tpu_scoped_vmem_limit_kib", 0))
+    return dataclasses.replace(habits, fast=habits.fast - kernels) if kernels else habits
 
 
 def _off_chip(run: Run, sizes: Sizes) -> Sizes:
