@@ -133,7 +133,7 @@ def test_scores_are_held_whole_or_a_chunk_at_a_time():
 def test_a_pipeline_keeps_the_inputs_of_its_slots():
     stream, slots, layers = 4 * 128 * 128, 2 * (2 - 1) + 1, 2  # of one row; of a stage
     sizes = found(load("pipeline", "remat.policy=full"), "h100:1x8")["backward"]
-    assert sizes["saved/block input"] == stream * (slots + 1.5 * layers)  # HABITS: zeros_twice
+    assert sizes["saved/block input"] == stream * (slots + 1.5 * layers)  # habits.py: zeros_twice
 
 
 def test_weights_of_a_step_are_there_in_every_phase():

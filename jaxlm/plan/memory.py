@@ -4,7 +4,7 @@ A step is a handful of phases (the head, a layer's backward pass, the embedding'
 update), each of which holds what was made before it and is needed after it. The largest is the
 peak. What a phase holds follows from the source of the step; what a compiler adds to that (casts
 before a loop, constants of masks, dense products of experts) was read off the programs that it
-makes, buffer by buffer, and stands in HABITS.
+makes, buffer by buffer, and stands in habits.py.
 
 Letters: n tokens of a microbatch, m those of the residual stream (tensor may split its sequence),
 D embed, H query heads, K kv heads, C head_dim, F mlp, V vocabulary, E experts, R rows of a buffer
@@ -20,58 +20,12 @@ from jaxlm import config as cfg
 from jaxlm.models import moe
 from jaxlm.optim import MIN_FACTORED, MUON, is_matrix, sides
 from jaxlm.parallel.pipeline import Schedule
+from jaxlm.plan.habits import WIDE, Habits, find_habits
 from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure, trained
 
-WIDE = 4  # bytes of float32: of state, sums, norms and softmax
 Sizes = dict[str, float]  # class of cost.MEMORY -> bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Habits:
-    """What a compiler holds beyond what the step names.
-
-    Numbers count arrays: scores [n, H, S], logits [n / chunks, V] and a table [V, D] are float32,
-    [n, F], [n, D], [R, F] and [R, D] of the compute type.
-    """
-
-    logits: float = 1  # while a chunk of the head runs
-    scores: float = 2  # while a layer runs: two of scores, weights and their gradients
-    saved_scores: float = 2  # of policy none: the softmax, and what of it meets the values
-    mlp: float = 2  # [n, F] while a layer runs
-    stream: float = 6  # [n, D] while a layer runs: norms, projections and their gradients
-    rows: tuple[float, float] = (0, 0)  # [R, F] and [R, D] while experts run, and are recomputed
-    rows_always: bool = False  # or were kept: the kernels take copies
-    masked: tuple[float, float] = (0, 0)  # and for each expert here: products are dense and masked
-    masked_bytes: int = 0  # of an element of those; 0: of the compute type
-    operand_bytes: int = 4  # at most, of an operand of a product that the backward pass reads
-    cast_all: bool = False  # split weights are cast to the compute type for all layers at once
-    wide_head: bool = False  # the head in use is widened before its chunks, not in each
-    wide_head_stays: bool = False  # and held while layers run
-    head_product: bool = False  # a chunk's gradient of the head is written before it is added
-    turn_stays: bool = False  # what a microbatch saved is held until its gradients are added
-    zeros_twice: float = 0  # part of what a tick saves whose first zeros are constants beside it
-    tables_early: bool = False  # tables are gathered, and zeros for their gradients made, at once
-    idle_logits: float = 0  # masks of the head, from the start to its end
-    idle_scores: float = 0  # masks of attention, likewise
-    lanes: int = 1  # head_dim is padded to a multiple, at rest and where the kernel reads it
-    fast: float = 0  # bytes of on-chip memory, which takes temporaries first
-
-
-HABITS = {
-    "tpu": Habits(
-        mlp=4, rows=(4, 6), rows_always=True, operand_bytes=2, cast_all=True, turn_stays=True,
-        zeros_twice=1, lanes=128, fast=128 * 2**20,
-    ),
-    "gpu": Habits(
-        logits=2, rows=(4, 0), masked=(2, 1), wide_head=True, wide_head_stays=True, zeros_twice=0.5,
-    ),
-    "cpu": Habits(
-        mlp=0, stream=4, rows=(7, 0), masked=(2, 2), masked_bytes=WIDE, wide_head=True,
-        head_product=True, zeros_twice=1, tables_early=True, idle_logits=2, idle_scores=1.25,
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +93,10 @@ def phases(
     config: cfg.Config, layout: Layout, structure: Structure, target: Target
 ) -> dict[str, Sizes]:
     """What every phase of the step holds."""
-    run = _run(config, layout, structure, _habits(target))
+    run = _run(config, layout, structure, find_habits(target))
     make = _pipeline if layout.size("layers") > 1 else _microbatches
     state = _state(run, structure)
     return {name: state | _off_chip(run, sizes) for name, sizes in make(run).items()}
-
-
-def _habits(target: Target) -> Habits:
-    """The table's, with the on-chip memory that the compiler's options leave to temporaries."""
-    habits, options = HABITS[target.platform], dict(target.kind.compiler_options)
-    kernels = 1024 * int(options.get("xla_tpu_scoped_vmem_limit_kib", 0))
-    return dataclasses.replace(habits, fast=habits.fast - kernels) if kernels else habits
 
 
 def _off_chip(run: Run, sizes: Sizes) -> Sizes:
@@ -424,9 +371,8 @@ def _activations(run: Run) -> list[tuple[str, float, bool]]:
     if backend == "splash":
         found.append(("attention", c * n * H * C, False))
     if backend == "xla":
-        found.append(
-            ("scores", _scores(run) * (1 + (1 if run.habits.wide_head_stays else c / WIDE)), False)
-        )
+        kept = 1 + (run.habits.score_bytes or c) / WIDE
+        found.append(("scores", _scores(run) * kept, False))
     else:
         found.append(("attention", WIDE * n * H, False))  # logs of the sums
     if model.qk_norm:
