@@ -145,6 +145,13 @@ def test_weights_of_a_step_are_there_in_every_phase():
     assert sizes["gradients"] == 4 * (weights + at_rest)  # sums of microbatches, and reduced
 
 
+def test_sums_over_devices_are_not_in_place_on_cpu():
+    layers = 4 * (128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 352) + 128 * 8
+    sizes = found(load("data"), "cpu:8")
+    assert sizes["reduction"]["gradients"] == 2 * 4 * (8192 * 128 + layers + 128)
+    assert "reduction" not in found(load("data"), "h100:1x8")
+
+
 MODEL = [
     "model.embed_dim=256", "model.head_dim=64", "model.mlp_dim=704", "precision.compute=bfloat16",
 ]  # fmt: skip

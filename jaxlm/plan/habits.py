@@ -28,6 +28,7 @@ class Habits:
     mlp: float = 2  # [n, F] while a layer runs
     stream: float = 6  # [n, D] while a layer runs: norms, projections and their gradients
     rows: tuple[float, float] = (0, 0)  # [R, F] and [R, D] while experts run, and are recomputed
+    exchanged: float = 0  # and [R, D] more where experts are split: sent, received, arranged
     rows_always: bool = False  # or were kept: the kernels take copies
     masked: tuple[float, float] = (0, 0)  # and for each expert here: products are dense and masked
     masked_bytes: int = 0  # of an element of those; 0: of the compute type
@@ -39,6 +40,7 @@ class Habits:
     turn_stays: bool = False  # what a microbatch saved is held until its gradients are added
     zeros_twice: float = 0  # part of what a tick saves whose first zeros are constants beside it
     tables_early: bool = False  # tables are gathered, and zeros for their gradients made, at once
+    reduces_aside: bool = False  # all gradients are summed over devices at once, and not in place
     idle_logits: float = 0  # masks of the head, from the start to its end
     idle_scores: float = 0  # masks of attention, likewise
     lanes: int = 1  # head_dim is padded to a multiple, at rest and where the kernel reads it
@@ -47,8 +49,8 @@ class Habits:
 
 HABITS = {
     "tpu": Habits(
-        mlp=4, rows=(4, 6), rows_always=True, operand_bytes=2, cast_all=True, turn_stays=True,
-        zeros_twice=1, lanes=128, fast=128 * 2**20,
+        mlp=4, rows=(4, 2), exchanged=4, rows_always=True, operand_bytes=2, cast_all=True,
+        turn_stays=True, zeros_twice=1, lanes=128, fast=128 * 2**20,
     ),
     "gpu": Habits(
         logits=2, rows=(4, 0), masked=(2, 1), score_bytes=WIDE, wide_head=True,
@@ -56,7 +58,8 @@ HABITS = {
     ),
     "cpu": Habits(
         mlp=0, stream=4, rows=(7, 0), masked=(2, 2), masked_bytes=WIDE, wide_head=True,
-        head_product=True, zeros_twice=1, tables_early=True, idle_logits=2, idle_scores=1.25,
+        head_product=True, zeros_twice=1, tables_early=True, reduces_aside=True,
+        idle_logits=2, idle_scores=1.25,
     ),
 }  # fmt: skip
 

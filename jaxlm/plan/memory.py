@@ -38,6 +38,7 @@ class Weight:
     padding: float  # elements in memory at rest, for each that there is
     layers: int  # 0: it belongs to no layer
     trained: bool
+    waits: bool  # its gradient is summed over some axes once, at the end of the step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +113,8 @@ def _run(config: cfg.Config, layout: Layout, structure: Structure, habits: Habit
     return Run(
         config, layout, habits,
         tuple(
-            _weight(name, structure.shapes[name], dims, layout, habits.lanes, name in chosen)
-            for name, dims in structure.dims.items()
+            _weight(name, structure, layout, habits.lanes, name in chosen)
+            for name in structure.dims
         ),
         n=tokens / layout.size("seq"), m=tokens / layout.size("residual_seq"),
         c=2 if layout.compute == "bfloat16" else 4,
@@ -121,13 +122,21 @@ def _run(config: cfg.Config, layout: Layout, structure: Structure, habits: Habit
     )  # fmt: skip
 
 
-def _weight(name: str, shape, dims: str, layout: Layout, lanes: int, is_trained: bool) -> Weight:
-    sizes, total = dict(layout.axes), math.prod(shape)
-    ways = math.prod(sizes[axis] for axis in layout.stored_axes(dims))
+def _weight(
+    name: str, structure: Structure, layout: Layout, lanes: int, is_trained: bool
+) -> Weight:
+    shape, dims, sizes = structure.shapes[name], structure.dims[name], dict(layout.axes)
+    rest, total = layout.stored_axes(dims), math.prod(shape)
     padding = _up(shape[-1], lanes) / shape[-1] if dims.endswith(" head_dim") else 1
-    layers = shape[0] if dims.startswith("layers ") else 0
-    used = total // math.prod(layout.size(dim) for dim in dims.split())
-    return Weight(name, total // ways, used, padding, layers, is_trained)
+    return Weight(
+        name,
+        stored=total // math.prod(sizes[axis] for axis in rest),
+        used=total // math.prod(layout.size(dim) for dim in dims.split()),
+        padding=padding,
+        layers=shape[0] if dims.startswith("layers ") else 0,
+        trained=is_trained,
+        waits=bool(layout.summed(structure.over[name], layout.spec(dims)) - rest),
+    )
 
 
 def _up(size: int, multiple: int) -> int:
@@ -186,6 +195,8 @@ def _microbatches(run: Run) -> dict[str, Sizes]:
     elif run.habits.cast_all and run.c < WIDE:
         carried["workspace"] = run.c * sum(w.stored for w in run.stacked)
     found = _turn(run, many, False) | {"update": {"gradients": run.gradients, "workspace": 0.0}}
+    if run.habits.reduces_aside:
+        found["reduction"] = _reduction(run, many)
     return {name: _sum(carried, _idle(run), sizes) for name, sizes in found.items()}
 
 
@@ -204,6 +215,16 @@ def _pipeline(run: Run) -> dict[str, Sizes]:
     if schedule.repeats > 1:  # weights that moved to their stages
         carried["workspace"] += WIDE * sum(w.stored for w in run.stacked)
     return {n: _sum(carried, _idle(run), sizes) for n, sizes in _turn(run, True, True).items()}
+
+
+def _reduction(run: Run, many: bool) -> Sizes:
+    """Gradients that wait, and their sums over devices; tables are whole where it is just done."""
+    size = lambda w: WIDE * (w.stored if run.per_layer else w.used)
+    sums = sum(size(w) for w in (run.weights if many else run.stacked) if w.trained and w.waits)
+    if many:  # the loop has reduced the rest, and carries all
+        return {"gradients": sums, "workspace": 0.0}
+    tables = WIDE * sum(w.used for w in run.weights if w.trained and not w.layers)
+    return {"gradients": _layer_gradients(run) + sums + 2 * tables, "workspace": 0.0}
 
 
 def _idle(run: Run) -> Sizes:
@@ -292,13 +313,15 @@ def _layer(run: Run, mapped: bool, forward: bool = False) -> Sizes:
     """
     habits, model = run.habits, run.config.model
     weights = run.c * sum(w.used / w.layers for w in run.stacked) * run.per_layer
-    largest = max(w.used / w.layers for w in run.stacked)  # two gradients before their reduction
+    sparse = isinstance(model, moe.Config)
+    # Two gradients before their reduction; grouped products give them in the compute type.
+    gradients = 2 * (run.c if sparse else WIDE) * max(w.used / w.layers for w in run.stacked)
     work = (habits.scores + mapped) * _scores(run) + run.c * run.n * habits.stream * model.embed_dim
     if isinstance(model, moe.Config):
         work += _experts(run, model) * (0.5 if forward else 1)  # the backward pass has twice both
     else:
         work += run.c * run.n * habits.mlp * model.mlp_dim / run.layout.size("mlp")
-    return {"workspace": work + weights + 2 * WIDE * largest}
+    return {"workspace": work + weights + gradients}
 
 
 def _scores(run: Run) -> float:
@@ -332,7 +355,8 @@ def _experts(run: Run, model: moe.Config) -> float:
     many = held * (model.dispatch == "dropless")
     masked = many * (habits.masked[0] * F + habits.masked[1] * D)
     again = habits.rows_always or run.config.remat.policy != "none"
-    rows = (habits.rows[0] * F + habits.rows[1] * D) * again
+    exchanged = habits.exchanged * bool(run.layout.dim_axes("experts"))
+    rows = (habits.rows[0] * F + (habits.rows[1] + exchanged) * D) * again
     return _rows(run, model) * ((habits.masked_bytes or run.c) * masked + run.c * rows)
 
 
