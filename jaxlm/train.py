@@ -32,7 +32,7 @@ from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
 from jaxlm.loss import batch_losses, read_aux, split_batch, sum_losses, update_fixed
 from jaxlm.parallel import pipeline
-from jaxlm.plan import estimate
+from jaxlm.plan import estimate, executables
 from jaxlm.sharding import Layout, batch_shardings, sequence_order, wide
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
 
@@ -169,6 +169,7 @@ def _unreduced_zeros(weight: jax.Array) -> jax.Array:
 def train(config: cfg.Config) -> None:
     """Train to config.steps, from the newest checkpoint of the run directory if it has one."""
     mesh, layout, structure, optimizer, train_step, options = make_program(config)
+    train_step = executables.load(config, mesh) or train_step
     run.prepare_data(config)
     training = data.open_split(config.data.path, "train")
     data.check_vocab(training, config.model.vocab_size)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from jaxlm import config as cfg
 from jaxlm import configfile
+from jaxlm.plan.target import Target
+from jaxlm.validate import resolve_mesh
 
 logger = logging.getLogger("jaxlm")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt")
@@ -27,13 +31,25 @@ def directory(config: cfg.Config) -> Path:
     return Path(base) / "jaxlm"
 
 
+def settled(config: cfg.Config, target: Target) -> cfg.Config:
+    """The config with every axis' size, so that fsdp=-1 and fsdp=8 are the same program."""
+    sizes = resolve_mesh(config.mesh, target.size)
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, auto=False, **sizes))
+
+
+def flags() -> str:
+    """XLA_FLAGS but for the number of CPU devices, which a target says."""
+    text = os.environ.get("XLA_FLAGS", "")
+    return re.sub(r"--xla_force_host_platform_device_count=\d+", "", text).strip()
+
+
 def key(config: cfg.Config, what: str, **more: Any) -> str:
     """A hash of what a result depends on: the program's keys, versions, sources and `more`."""
     keys = configfile.schema(config.model.family).values()
     values = configfile.to_dict(config)
     facts = {
         "config": {k.name: _value(values, k.name) for k in keys if _matters(k)},
-        "what": what, "versions": versions(), "source": _source(), "more": more,
+        "what": what, "flags": flags(), "versions": versions(), "source": _source(), "more": more,
     }  # fmt: skip
     text = json.dumps(facts, sort_keys=True)
     return f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"

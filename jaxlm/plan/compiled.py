@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxlm import config as cfg
 from jaxlm import configfile
-from jaxlm.plan import cache, cost, hlo, liveness
+from jaxlm.plan import cache, cost, executables, hlo, liveness
 from jaxlm.plan.hlo import collectives, summarize
 from jaxlm.plan.target import Target, parse_target
 from jaxlm.sharding import batch_shardings
@@ -69,6 +68,7 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
     done = time.monotonic()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
+    unkept = executables.save(config, target, compiled)
     found, largest = read_cost(config, program, target, memory, text)
     return {
         "target": name,
@@ -80,6 +80,7 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
         "state_and_batch_bytes": memory.argument_size_in_bytes,
         "collectives": summarize(collectives(text), program.layout),
         "cost": cost.to_json(found),
+        "warnings": [unkept] if unkept else [],
         "largest": largest,
     }
 
@@ -105,6 +106,7 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
 
     CompileError names a crash or a time-out.
     """
+    config = cache.settled(config, target)
     name = cache.key(config, "compiled", target=target.text)
     kept = cache.read(config, name)
     if kept is not None and "cost" in kept:
@@ -116,7 +118,7 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
     if done.returncode:
         raise CompileError(f"target={target.text}: {_last_words(done)}")
     found = json.loads(done.stdout.splitlines()[-1])
-    found["warnings"] = [line for line in done.stderr.splitlines() if SURFACED in line]
+    found["warnings"] += [line for line in done.stderr.splitlines() if SURFACED in line]
     cache.write(config, name, found)
     return found | {"cached": False}
 
@@ -124,8 +126,7 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
 def _run_worker(path: Path, target: Target, timeout: float) -> subprocess.CompletedProcess:
     root = Path(__file__).parent.parent.parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *_python_path()])}
-    flags = os.environ.get("XLA_FLAGS", "")  # the target says how many CPU devices there are
-    environment["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    environment["XLA_FLAGS"] = cache.flags()
     command = [sys.executable, "-m", "jaxlm.plan.compiled", str(path), "--target", target.text]
     try:
         return subprocess.run(
