@@ -18,8 +18,8 @@ import pytest
 
 from jaxlm import attention, configfile
 from jaxlm import config as cfg
+from jaxlm.plan import account, hlo
 from jaxlm.plan import compiled as compiler
-from jaxlm.plan import hlo
 from jaxlm.plan.target import AbsentDevice, parse_target
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -129,12 +129,12 @@ def check_bytes(found: Counter, want: Counter) -> None:
         assert abs(found[key] - want[key]) <= 0.1 * want[key] + slack, (key, found, want)
 
 
-def count(found: list[hlo.Collective], layout) -> Counter:
+def count(found: list[account.Collective], layout) -> Counter:
     """Arrays communicated, by (kind, axes, loops around), without scalars."""
     counted = Counter()
     for one in found:
         arrays = len(one.shapes) - one.scalars
-        counted[one.kind, hlo.mesh_axes(one.groups, layout), one.loops] += arrays
+        counted[one.kind, account.mesh_axes(one.groups, layout), one.loops] += arrays
     return +counted
 
 
@@ -142,7 +142,7 @@ def compile_tiny(num_devices: int, *overrides: str):
     config = configfile.load(CONFIGS / "llama.yaml", ["model.tie_embeddings=false", *overrides])
     program = compiler.make_program(config, jax.devices()[:num_devices])
     text = compiler.trace_train_step(config, program).lower().compile().as_text()
-    return config, program.layout, hlo.collectives(text)
+    return config, program.layout, account.collectives(hlo.parse(text))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -152,7 +152,7 @@ def test_collectives_of_a_layout(name):
     want = expected(dict(layout.axes), config.batch.microbatches, config.gather_at, "cpu")
     assert count(found, layout) == want
     check_bytes(
-        measured_bytes(hlo.summarize(found, layout)),
+        measured_bytes(account.summarize(found, layout)),
         expected_bytes(config, dict(layout.axes), "cpu"),
     )
     assert sum(one.scalars for one in found) <= 5  # loss, weight, z-loss; the gradient's norm
@@ -337,7 +337,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("text", GROUPS)
 def test_groups_in_every_syntax(text):
-    assert hlo.replica_groups(f"%x), channel_id=1, {text}, dimensions={{0}}") == GROUPS[text]
+    assert account.replica_groups(f"%x), channel_id=1, {text}, dimensions={{0}}") == GROUPS[text]
 
 
 HLO = """HloModule m, num_partitions=4
@@ -372,8 +372,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_halves_fusions_and_loops():
     everyone = ((0, 1, 2, 3),)
-    assert hlo.collectives(HLO) == [
-        hlo.Collective("all-gather", ("f32[8]",), 32, everyone, 1, 5),
-        hlo.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1, 5),
-        hlo.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0, 1),
+    assert account.collectives(hlo.parse(HLO)) == [
+        account.Collective("all-gather", ("f32[8]",), 32, everyone, 1, 5),
+        account.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1, 5),
+        account.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0, 1),
     ]

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,8 @@ from jaxlm import evaluate, generate
 from jaxlm.data import load, open_split
 from jaxlm.models import llama
 from jaxlm.parallel import pipeline
+from jaxlm.plan import account, hlo
 from jaxlm.plan import compiled as compiler
-from jaxlm.plan import hlo
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import create_state
 from jaxlm.train import loss_and_grads, make_program
@@ -197,32 +195,15 @@ def compiled_step(data, devices, *overrides):
 
 def dot_flops(text: str, keep) -> float:
     """FLOPs of the dots on one device whose sizes `keep` accepts, times the loops around them."""
-    computations, entry = hlo._computations(text)
-    shapes = {}
-    for line in (line for lines in computations.values() for line in lines):
-        match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]", line)
-        if match:
-            shapes[match[1]] = [int(n) for n in match[2].split(",") if n]
-
-    def walk(name, times):
-        total = 0.0
-        for line in computations[name]:
-            dot = re.search(
-                r"= \w+\[([\d,]*)\]\S* dot\((.*?)\).*lhs_contracting_dims=\{([\d,]*)\}", line
-            )
-            if dot:
-                operands = [shapes[name] for name in re.findall(r"%([\w.\-]+)", dot[2])]
-                inner = math.prod(operands[0][int(d)] for d in dot[3].split(",") if d)
-                out = [int(n) for n in dot[1].split(",") if n]
-                total += keep(sum(operands, out)) * times * 2 * inner * math.prod(out)
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            for role, callee in hlo._CALLED.findall(line):
-                inside = times * (int(trips[1]) if role == "body" and trips else 1)
-                assert role != "body" or trips, line
-                total += walk(callee, inside)
-        return total
-
-    return walk(entry, 1)
+    total = 0.0
+    for visit in hlo.walk(hlo.parse(text)):
+        dot = visit.instruction
+        if dot.opcode == "dot":
+            operands = visit.computation.operands(dot)
+            sizes = [n for one in (*operands, dot) for n in one.shapes[0].dims]
+            assert visit.known
+            total += keep(sizes) * visit.times * account.matmul_flops(dot, visit.computation)
+    return total
 
 
 @pytest.mark.parametrize("stages, repeats, count", [(2, 1, 4), (2, 2, 4), (4, 1, 8)])
@@ -268,8 +249,8 @@ def test_messages_of_a_pipeline(data):
             data, 8, "mesh.stage=4", "mesh.data=2", f"batch.microbatches={count}",
             f"batch.sequences={2 * count}",
         )  # fmt: skip
-        rows = hlo.collectives(compiled.as_text())
-        place = lambda one: (one.kind, hlo.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
+        rows = account.collectives(hlo.parse(compiled.as_text()))
+        place = lambda one: (one.kind, account.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
         found[count] = sorted((*place(one), one.shapes) for one in rows)
         permutes = [one for one in rows if one.kind == "collective-permute"]
         # Forward only: 1; both: 2; backward only: 1.

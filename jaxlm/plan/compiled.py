@@ -7,7 +7,6 @@ starts that process, and keeps what it found.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -23,8 +22,9 @@ import jax.numpy as jnp
 
 from jaxlm import config as cfg
 from jaxlm import configfile
-from jaxlm.plan import cache, cost, executables, hlo, liveness
-from jaxlm.plan.hlo import collectives, summarize
+from jaxlm.plan import cache, cost, executables, hlo
+from jaxlm.plan.account import account, collectives, summarize
+from jaxlm.plan.liveness import Buffer, find_peak
 from jaxlm.plan.target import Target, parse_target
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import abstract_state
@@ -32,6 +32,9 @@ from jaxlm.train import Program, make_program
 
 LARGEST = 12  # buffers that are named
 GPU_OPTIONS = {"xla_gpu_collect_cost_model_stats": True}  # its estimates, into the program's text
+ARGUMENTS = {
+    "state.params": "parameters", "state.fixed": "parameters", "state.opt": "optimizer",
+}  # fmt: skip
 SURFACED = "nvoluntary full rematerialization"  # a reshard that XLA cannot do without a full copy
 
 
@@ -69,7 +72,8 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
     unkept = executables.save(config, target, compiled)
-    found, largest = read_cost(config, program, target, memory, text)
+    module = hlo.parse(text)
+    found, largest = read_cost(config, program, target, memory, module)
     return {
         "target": name,
         "devices": program.mesh.size,
@@ -78,7 +82,7 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
         "compile_seconds": round(done - traced, 1),
         "peak_bytes": memory.peak_memory_in_bytes,
         "state_and_batch_bytes": memory.argument_size_in_bytes,
-        "collectives": summarize(collectives(text), program.layout),
+        "collectives": summarize(collectives(module), program.layout),
         "cost": cost.to_json(found),
         "warnings": [unkept] if unkept else [],
         "largest": largest,
@@ -86,19 +90,48 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
 
 
 def read_cost(
-    config: cfg.Config, program: Program, target: Target, memory: Any, text: str
+    config: cfg.Config, program: Program, target: Target, memory: Any, module: hlo.Module
 ) -> tuple[cost.Cost, list[dict[str, Any]]]:
     """The Cost of a compiled program, and the largest buffers at its peak."""
-    module, layout, structure = hlo.parse(text), program.layout, program.structure
-    account = hlo.account(module, layout, target, config.mesh.dcn)
-    split = liveness.split_memory(module, memory, layout, structure, config)
+    counted = account(module, program.layout, target, config.mesh.dcn)
+    peak = compiled_peak(target, memory)
+    live = find_peak(module).live
+    classes: dict[str, float] = {}
+    for buffer in live:
+        name = buffer_class(buffer)
+        classes[name] = classes.get(name, 0.0) + buffer.bytes
+    classes["fragments"] = peak - sum(classes.values())  # what packing loses, or shares
     taken = cost.Cost(
-        memory=split.classes, flops=account.flops, kernel_flops=account.kernel_flops,
-        traffic=account.traffic, hbm_bytes=account.hbm_bytes, host_bytes=account.host_bytes,
-        compute_seconds=account.compute_seconds, notes=account.notes,
+        memory=classes, flops=counted.flops, kernel_flops=counted.kernel_flops,
+        traffic=counted.traffic, hbm_bytes=counted.hbm_bytes, host_bytes=counted.host_bytes,
+        compute_seconds=counted.compute_seconds, notes=counted.notes,
     )  # fmt: skip
-    largest = liveness.largest(split, LARGEST)
-    return taken, [dataclasses.asdict(buffer) for buffer in largest]
+    largest = sorted(live, key=lambda b: -b.bytes)[:LARGEST]
+    return taken, [describe_buffer(buffer, module) for buffer in largest]
+
+
+def compiled_peak(target: Target, memory: Any) -> float:
+    """The compiler's peak; CPU's counts arguments only, and its temporaries are beside them."""
+    if target.platform != "cpu":
+        return float(memory.peak_memory_in_bytes)
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return float(memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs)
+
+
+def buffer_class(buffer: Buffer) -> str:
+    """The class of a buffer: arguments by their name, temporaries by the scope that made them."""
+    name = buffer.maker.op_name
+    if buffer.argument < 0:
+        return "logits" if "/head/" in name else "workspace"
+    return next((c for mark, c in ARGUMENTS.items() if name.startswith(mark)), "batch")
+
+
+def describe_buffer(buffer: Buffer, module: hlo.Module) -> dict[str, Any]:
+    """A buffer for people: its class, name, shape and the line that made it."""
+    return {
+        "bytes": buffer.bytes, "class": buffer_class(buffer), "name": buffer.maker.op_name,
+        "shape": str(buffer.shape), "source": buffer.maker.source(module),
+    }  # fmt: skip
 
 
 def measure(config: cfg.Config, target: Target) -> dict[str, Any]:

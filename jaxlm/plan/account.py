@@ -1,0 +1,547 @@
+"""What a compiled program does in one step on one device, counted from its HLO.
+
+FLOPs of matmuls and kernels by part of the model, collectives by mesh axis, memory traffic, and
+the compiler's own estimate of time; loops count with their trips.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.plan.cost import PARTS, Traffic
+from jaxlm.plan.hlo import HOST, Computation, Instruction, Module, Shape, Visit, bits, walk
+from jaxlm.plan.network import route
+from jaxlm.plan.target import Target
+from jaxlm.sharding import Layout
+
+KINDS = (
+    "all-reduce", "all-gather", "reduce-scatter", "ragged-all-to-all", "all-to-all",
+    "collective-permute",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """One step on one device."""
+
+    flops: dict[str, float]  # "<part>/<pass>" -> FLOPs, kernels included
+    kernel_flops: float  # of those, in fused attention kernels
+    traffic: tuple[Traffic, ...]
+    hbm_bytes: float
+    host_bytes: float
+    compute_seconds: float  # the compiler's estimate of all but kernels and collectives; 0: none
+    notes: tuple[str, ...]  # what could not be counted
+
+
+def account(module: Module, layout: Layout, target: Target, dcn: dict[str, int]) -> Account:
+    """Count a program that was compiled for this layout."""
+    visits = list(walk(module))
+    flops, kernels, notes = count_flops(visits)
+    unknown = {v.scheduled.name for v in visits if not v.known}
+    if unknown:
+        notes.append(f"{len(unknown)} operations in loops of unknown trips are counted once")
+    hbm, host = count_bytes(module, visits)
+    return Account(
+        flops, kernels, count_traffic(collectives(module), layout, target, dcn), hbm, host,
+        compute_seconds(module, visits, target), tuple(notes),
+    )  # fmt: skip
+
+
+# FLOPs
+
+
+def count_flops(visits: list[Visit]) -> tuple[dict[str, float], float, list[str]]:
+    """(FLOPs by part and pass, those of kernels, notes)."""
+    total: dict[str, float] = collections.defaultdict(float)
+    kernels, notes = 0.0, {}
+    for visit in visits:
+        each, computation = visit.instruction, visit.computation
+        kernel = each.opcode == "custom-call" and kernel_name(each)
+        if kernel:
+            found = kernel_flops(each, computation)
+            if found is None:
+                notes[f"FLOPs of kernel {kernel} are not known"] = None
+                continue
+            kernels += found * visit.times
+        else:
+            found = matmul_flops(each, computation)
+        if found:
+            total[part(each.op_name)] += found * visit.times
+    return dict(total), kernels, list(notes)
+
+
+def part(op_name: str) -> str:
+    """ "<part>/<pass>" of an operation, from its named scopes and autodiff's marks."""
+    scopes = re.findall(r"[\w.]+", op_name)
+    name = next((scope for scope in reversed(scopes) if scope in PARTS), "other")
+    when = "forward"
+    if "rematted_computation" in scopes:
+        when = "recompute"
+    elif "transpose(" in op_name:
+        when = "backward"
+    return f"{name}/{when}"
+
+
+def matmul_flops(each: Instruction, computation: Computation) -> float:
+    """2 x multiply-adds of a dot, a convolution (which TPU makes of dots) or a GPU's GEMM."""
+    if each.opcode == "dot":
+        left = computation.by_name[each.operands[0]].shapes[0]
+        inner = math.prod(left.dims[d] for d in each.numbers("lhs_contracting_dims"))
+        return 2.0 * each.shapes[0].size * inner
+    if each.opcode == "ragged-dot":
+        left = computation.by_name[each.operands[0]].shapes[0]
+        inner = math.prod(left.dims[d] for d in each.numbers("lhs_contracting_dims"))
+        return 2.0 * each.shapes[0].size * inner
+    if each.opcode == "convolution":
+        left, right = (made.shapes[0] for made in computation.operands(each)[:2])
+        return _convolution_flops(each, left, right)
+    if each.opcode == "custom-call" and re.match(r"__cublas\$(lt\$)?(matmul|gemm)", each.target):
+        left = computation.by_name[each.operands[0]].shapes[0]
+        inner = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', each.attributes)
+        dims = re.findall(r"\d+", inner[1]) if inner else []
+        return 2.0 * each.shapes[0].size * math.prod(left.dims[int(d)] for d in dims)
+    return 0.0
+
+
+def _convolution_flops(each: Instruction, left: Shape, right: Shape) -> float:
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
+    assert labels, each.attributes
+    of_left, of_right, of_out = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", each.attributes)
+    fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    spatial = sorted(int(letter) for letter in of_out if letter.isdigit())
+    field = lambda name, default: (
+        fields[name].split("x") if name in fields else [default] * len(spatial)
+    )
+    groups = int(each.attribute("feature_group_count") or 1)
+    batches = int(each.attribute("batch_group_count") or 1)
+    total = 2.0 * left.dims[of_left.index("f")] / groups * right.dims[of_right.index("o")]
+    total *= left.dims[of_left.index("b")] / batches
+    numbers = zip(
+        spatial, field("size", "1"), field("stride", "1"), field("pad", "0_0"),
+        field("lhs_dilate", "1"), field("rhs_dilate", "1"), strict=True,
+    )  # fmt: skip
+    for dim, size, stride, pad, spread, gap in numbers:
+        out = each.shapes[0].dims[of_out.index(str(dim))]
+        length = left.dims[of_left.index(str(dim))]
+        total *= _touches(
+            out, int(size), length, int(stride), int(pad.split("_")[0]), int(spread), int(gap)
+        )
+    return total
+
+
+@functools.cache
+def _touches(out: int, size: int, length: int, stride: int, pad: int, spread: int, gap: int) -> int:
+    """Pairs of an output and a place of the window that meet an element, not padding."""
+    if out * size > 1 << 24:  # only huge dense windows: every place meets one
+        return out * size
+    places = np.arange(out)[:, None] * stride + np.arange(size)[None] * gap - pad
+    inside = (places >= 0) & (places % spread == 0) & (places // spread < length)
+    return int(inside.sum())
+
+
+# Matmuls of a kernel as multiples of the forward pass's two: 4 x scores x width FLOPs.
+_SPLASH = (("dkv_no_residuals", 2.5), ("dkv", 2.5), ("dq", 1.5), ("fwd", 1.0), ("mha", 1.0))
+
+
+def kernel_name(each: Instruction) -> str:
+    """The name of a fused kernel; empty for other custom calls."""
+    if each.target == "tpu_custom_call":
+        return re.sub(r"[.\d]+$", "", each.name)
+    return each.target if each.target.startswith("__cudnn$fmha") else ""
+
+
+def kernel_flops(each: Instruction, computation: Computation) -> float | None:
+    """FLOPs of the blocks of scores that an attention kernel visits; None for other kernels.
+
+    Splash: its first operands say for a grid of blocks [heads, queries, keys] which are visited;
+    of a causal mask, those that are not wholly above the diagonal. cuDNN: all, or half if causal.
+    """
+    shapes = [shape for made in computation.operands(each) for shape in made.shapes]
+    wide = [shape for shape in shapes if bits(shape.dtype) >= 16 and len(shape.dims) >= 3]
+    if each.target.startswith("__cudnn$fmha"):
+        dims = wide[0].dims  # [B, H, S, C] by their order in memory
+        batch, heads, length, width = dims
+        seen = 0.5 if "CAUSAL" in each.attributes else 1.0
+        times = 2.5 if "Backward" in each.target else 1.0
+        return 4.0 * times * seen * batch * heads * length * max(width, 1) * wide[1].dims[-2]
+    if "splash" not in each.name and "splash" not in each.op_name:
+        return None
+    grid = next(
+        (shape.dims for shape in shapes if len(shape.dims) == 3 and bits(shape.dtype) <= 8), None
+    )
+    if grid is None:
+        return None
+    queries, keys = wide[0], wide[1]
+    scores = math.prod(queries.dims[:-1]) * keys.dims[-2] * _visited(*grid[1:])
+    name = each.name + each.op_name
+    times = next((times for mark, times in _SPLASH if mark in name), 1.0)
+    if "dkv" in name and not _fused(each):
+        times = 2.0
+    return 4.0 * times * scores * queries.dims[-1]
+
+
+def _fused(each: Instruction) -> bool:
+    """Whether the backward kernel makes dq too: it has a third result."""
+    return len([shape for shape in each.shapes if len(shape.dims) >= 3]) > 2
+
+
+def _visited(rows: int, columns: int) -> float:
+    """The part of a grid of blocks that a causal mask does not hide whole."""
+    shown = sum(min(columns, -(-(row + 1) * columns // rows)) for row in range(rows))
+    return shown / (rows * columns)
+
+
+# Collectives
+
+
+class Collective(NamedTuple):
+    """One collective of a compiled program; asynchronous halves are one."""
+
+    kind: str  # one of KINDS
+    shapes: tuple[str, ...]  # results on one device, "f32[8,32]": several where combined
+    bytes: int  # of those
+    groups: tuple[tuple[int, ...], ...]  # positions in the mesh that talk; (): all
+    loops: int  # while loops around it
+    times: int  # that it runs in a step
+    blocking: bool = True  # nothing else runs meanwhile
+
+    @property
+    def scalars(self) -> int:
+        """How many of the results are a single number, or a few that were put together."""
+        count = lambda shape: math.prod(map(int, re.findall(r"\d+", shape.split("[")[1])))
+        return sum(count(shape) < 8 for shape in self.shapes)
+
+
+def collectives(module: Module) -> list[Collective]:
+    """Every collective, wherever it is called.
+
+    On TPU one collective spans its start, step and done fusions: within the computation that calls
+    those it counts once.
+    """
+    found, seen = [], set()
+    for visit in walk(module):
+        each = visit.instruction
+        if each.kind not in KINDS or each.opcode.endswith(("-done", "-update")):
+            continue
+        channel = re.search(r"channel_id=\d+", each.attributes)
+        shapes = tuple((shape.dtype, shape.dims) for shape in each.shapes)
+        key = (visit.place.name, shapes, each.kind, channel[0] if channel else each.name)
+        if visit.scheduled is each or key not in seen:
+            found.append(_collective(visit, module))
+        seen.add(key)
+    return found
+
+
+def _collective(visit: Visit, module: Module) -> Collective:
+    each, kind = visit.instruction, visit.instruction.kind
+    arrays = list(each.shapes)
+    start = each.opcode.endswith("-start")
+    nested = each.attributes and _nested_result(each, visit.computation)
+    if start and (kind != "all-reduce" or nested):  # operands, results, contexts
+        arrays = [shape for shape in arrays if (shape.dtype, shape.dims) != ("u32", ())]
+        arrays = arrays[len(arrays) // 2 :]
+    groups, parts = replica_groups(each.attributes), 1
+    if kind == "all-reduce" and "all-reduce-scatter" in visit.computation.name:
+        kind = "reduce-scatter"  # TPU: an all-reduce (of this shape) and the slice of it, fused
+        parts = max(1, *map(len, groups)) if groups else module.partitions
+    names = tuple(f"{shape.dtype}[{','.join(map(str, shape.dims))}]" for shape in arrays)
+    size = int(sum(shape.bytes for shape in arrays) / parts)
+    return Collective(kind, names, size, groups, visit.loops, visit.times, not overlapped(visit))
+
+
+def _nested_result(each: Instruction, computation: Computation) -> bool:
+    """Whether the result of a started all-reduce holds its operands too."""
+    operands = sum(len(made.shapes) for made in computation.operands(each))
+    return len(each.shapes) >= 2 * operands
+
+
+_WORK = (
+    "fusion",
+    "dot",
+    "convolution",
+    "while",
+    "call",
+    "conditional",
+    "custom-call",
+    "ragged-dot",
+)
+
+
+def overlapped(visit: Visit) -> bool:
+    """Whether the schedule has work between the start and the end of a collective."""
+    each, scheduled = visit.instruction, visit.scheduled
+    if scheduled is each and not each.opcode.endswith("-start"):
+        return False
+    if scheduled is not each and scheduled.opcode == "fusion":  # TPU: fused with computation
+        inside = visit.computation.instructions
+        marks = any("AsyncCollective" in other.target for other in inside)
+        return marks or "async_collective" in visit.computation.name + scheduled.name
+    if scheduled is not each and not scheduled.opcode.endswith("-start"):
+        return False
+    begun, ready = False, {scheduled.name}
+    for other in visit.place.instructions:
+        if other.name == scheduled.name:
+            begun = True
+        elif begun and ready & set(other.operands) and other.opcode.endswith(("-done", "-update")):
+            if other.opcode.endswith("-done"):
+                return False
+            ready.add(other.name)
+        elif begun and other.opcode in _WORK:
+            return True
+    return False
+
+
+def count_traffic(
+    found: list[Collective], layout: Layout, target: Target, dcn: dict[str, int]
+) -> tuple[Traffic, ...]:
+    """Collectives of one kind and the same axes as one row each, most bytes first."""
+    sizes = dict(layout.axes)
+    sums: dict = collections.defaultdict(lambda: [0.0] * 4)
+    for one in found:
+        axes = mesh_axes(one.groups, layout)
+        group = math.prod(sizes[axis] for axis in axes)
+        if group <= 1:
+            continue
+        wire = one.bytes * WIRE[one.kind](group) * one.times
+        row = sums[one.kind, axes]
+        for i, more in enumerate((one.times, one.bytes * one.times, wire, wire * one.blocking)):
+            row[i] += more
+    rows = [
+        Traffic(
+            kind, axes, *route(target, sizes, dcn, axes), math.prod(sizes[a] for a in axes), *row
+        )
+        for (kind, axes), row in sums.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.wire))
+
+
+# Bytes that a device sends for each byte of the result, in a ring of n.
+WIRE = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+}
+
+
+def replica_groups(text: str) -> tuple[tuple[int, ...], ...]:
+    """The groups of an HLO line, in any of the ways that XLA writes them; (): all devices."""
+    lists = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", text)
+    if lists:
+        found = re.findall(r"\{([\d, ]+)\}", lists[1])
+        return tuple(tuple(int(n) for n in group.split(",")) for group in found)
+    iota = re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", text)
+    if iota:
+        return tuple(map(tuple, _iota(iota[1]).tolist()))
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? *\{([^}]*)\}", text
+    )
+    assert mesh or "replica_groups={}" in text, text
+    return _mesh_groups(*mesh.groups()) if mesh else ()
+
+
+def _iota(text: str) -> np.ndarray:
+    """[4,2]<=[2,4]T(1,0): 0..7 as 2x4, transposed, as 4x2; without the left side not the last."""
+    shape, source, order = (
+        [int(n) for n in part.split(",") if n]
+        for part in re.findall(r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text)[0]
+    )
+    ids = np.arange(math.prod(source)).reshape(source)
+    ids = ids.transpose(order) if order else ids
+    return ids.reshape(shape) if shape else ids
+
+
+def _mesh_groups(axes: str, ids: str | None, names: str) -> tuple[tuple[int, ...], ...]:
+    """mesh['a'=4,'b'=2] {'a'}: groups along axis a; 'a':(2)2 is its part of size 2 after 2."""
+    sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", names)
+    taken = {axis: (int(before or 1), int(size or sizes[axis])) for axis, before, size in parts}
+    shape = []
+    for axis, size in sizes.items():
+        before, part = taken.get(axis, (1, 1))
+        shape += [before, part, size // (before * part)]
+    inside = [3 * i + 1 for i in range(len(sizes))]
+    around = [i for i in range(len(shape)) if i not in inside]
+    places = _iota(ids) if ids else np.arange(math.prod(shape))
+    groups = places.reshape(shape).transpose(around + inside)
+    return tuple(map(tuple, groups.reshape(-1, math.prod(shape[i] for i in inside)).tolist()))
+
+
+def mesh_axes(groups: tuple[tuple[int, ...], ...], layout: Layout) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ."""
+    shape = [size for _, size in layout.axes]
+    groups = groups or (tuple(range(math.prod(shape))),)
+    places = [np.array(np.unravel_index(group, shape)) for group in groups]
+    varies = [any(len(set(p[i])) > 1 for p in places) for i in range(len(shape))]
+    return tuple(axis for (axis, _), does in zip(layout.axes, varies, strict=True) if does)
+
+
+SUMS = ("count", "arrays", "scalars", "bytes", "step_bytes")
+
+
+def summarize(found: list[Collective], layout: Layout) -> list[dict]:
+    """Collectives of one kind, axes and loop depth as one row each, largest first."""
+    rows = collections.defaultdict(lambda: dict.fromkeys(SUMS, 0))
+    for one in found:
+        row = rows[one.kind, mesh_axes(one.groups, layout), one.loops]
+        row["count"] += 1
+        row["arrays"] += len(one.shapes)
+        row["scalars"] += one.scalars
+        row["bytes"] += one.bytes
+        row["step_bytes"] += one.bytes * one.times
+    names = ("kind", "axes", "loops")
+    table = [dict(zip(names, key, strict=True)) | row for key, row in rows.items()]
+    return sorted(table, key=lambda row: -row["step_bytes"])
+
+
+# Memory traffic and the compilers' own estimates
+
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "partition-id", "replica-id", "after-all", "optimization-barrier", "iota", "async-done",
+)  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+_SAME = ("bitcast", "copy", "convert", "reshape", "transpose")
+
+
+def count_bytes(module: Module, visits: list[Visit]) -> tuple[float, float]:
+    """(bytes to and from device memory, bytes to and from host memory) of the scheduled operations.
+
+    A fusion reads its operands and writes its result once; of a slice only what is read counts, of
+    an update in place only what is written. Arrays in on-chip memory (TPU) are free.
+    """
+    hbm = host = 0.0
+    for visit in visits:
+        each = visit.instruction
+        if each is not visit.scheduled or each.opcode in _FREE or each.opcode.endswith("-done"):
+            continue
+        for space, size in _touched(module, visit.computation, each):
+            hbm += size * visit.times * (space == 0)
+            host += size * visit.times * (space == HOST)
+    return hbm, host
+
+
+def _touched(module: Module, computation: Computation, each: Instruction):
+    """(memory space, bytes) that one operation reads or writes."""
+    made = [computation.by_name.get(name) for name in dict.fromkeys(each.operands)]
+    operands = [one for one in made if one is not None]
+    if each.opcode == "custom-call" and not kernel_name(each):
+        return []
+    if each.kind == "dynamic-update-slice":
+        update = operands[1].shapes[0]
+        return [(update.space, update.bytes), (each.shapes[0].space, update.bytes)]
+    if each.kind in ("copy", "slice", "dynamic-slice") and each.opcode.endswith("-start"):
+        whole = operands[0].shapes[0]
+        arrays = [
+            s for s in each.shapes if s.dtype == whole.dtype and len(s.dims) == len(whole.dims)
+        ]
+        moved = min(arrays, key=lambda shape: shape.size)
+        others = {shape.space for shape in arrays} - {whole.space}
+        return [(space, moved.bytes) for space in (whole.space, *(others or {whole.space}))]
+    if each.opcode in _SLICES:
+        return [(shape.space, 2 * shape.bytes) for shape in each.shapes]
+    if each.opcode == "fusion":
+        called = module.called(each, "calls")
+        assert called
+        return _fusion_touched(module, computation, each, called)
+    arrays = [shape for one in operands for shape in one.shapes]
+    arrays += () if each.opcode.endswith("-start") else each.shapes
+    twice = 2 if each.opcode.endswith("-start") else 1  # read here, written by its other half
+    return [(shape.space, twice * shape.bytes) for shape in arrays]
+
+
+def _fusion_touched(module: Module, computation: Computation, each: Instruction, called):
+    root = called.root
+    outs = [called.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    inside, found = called.parameters(), []
+    in_place = set()
+    for shape, out in zip(each.shapes, outs, strict=False):
+        last = _origin(called, out)
+        if last.opcode == "dynamic-update-slice":
+            found.append((shape.space, called.by_name[last.operands[1]].bytes))
+            in_place.add(_origin(called, called.by_name[last.operands[0]]).name)
+        else:
+            found.append((shape.space, shape.bytes))
+    for number, name in enumerate(each.operands):
+        made, parameter = computation.by_name[name], inside.get(number)
+        if parameter is None or parameter.name in in_place:
+            continue
+        size = _read(module, called, parameter.name, made.bytes)
+        found += [(shape.space, size / len(made.shapes)) for shape in made.shapes]
+    return found
+
+
+def _origin(computation: Computation, each: Instruction) -> Instruction:
+    while each.opcode in _SAME:
+        each = computation.by_name[each.operands[0]]
+    return each
+
+
+def _read(module: Module, computation: Computation, name: str, whole: float) -> float:
+    """Bytes of a value that a fused computation really reads."""
+    total = 0.0
+    for each in computation.instructions:
+        if name not in each.operands:
+            continue
+        first = each.operands[0] == name
+        if each.opcode in _SLICES and first:
+            total += each.bytes
+        elif each.opcode in ("bitcast", "reshape"):
+            total += _read(module, computation, each.name, whole)
+        elif inner := module.called(each, "calls"):
+            inside = inner.parameters()
+            places = [i for i, operand in enumerate(each.operands) if operand == name]
+            total += sum(_read(module, inner, inside[i].name, whole) for i in places)
+        elif not (each.opcode == "dynamic-update-slice" and first):
+            return whole
+    return min(total, whole)
+
+
+def compute_seconds(module: Module, visits: list[Visit], target: Target) -> float:
+    """The compiler's estimate of the scheduled operations: TPU all but kernels and collectives,
+    from `estimated_cycles`; GPU also without matmuls, for which its cost models are not sound.
+    """
+    total, kind = 0.0, target.kind
+    for visit in visits:
+        each = visit.instruction
+        if each is not visit.scheduled:
+            continue
+        if target.platform == "tpu" and kind.clock:
+            cycles = re.search(r'"estimated_cycles":"?(\d+)', each.attributes)
+            total += int(cycles[1]) / kind.clock * visit.times if cycles else 0.0
+        elif target.platform == "gpu" and not _has_matmul(module, each):
+            total += reification_seconds(each) * visit.times
+    return total
+
+
+def _has_matmul(module: Module, each: Instruction) -> bool:
+    called = module.called(each, "calls")
+    if called is None:
+        return each.opcode in ("dot", "custom-call")
+    return any(one.opcode == "dot" or _has_matmul(module, one) for one in called.instructions)
+
+
+def reification_seconds(each: Instruction) -> float:
+    """Seconds that XLA:GPU's cost models give an operation; 0 without one that is to be trusted.
+
+    They are there with the compiler option xla_gpu_collect_cost_model_stats.
+    """
+    found = re.search(r'"reification_cost":\[(.*?)\]', each.attributes)
+    rows = re.findall(r"\{([^{}]*)\}", found[1]) if found else []
+    costs = {}
+    for row in rows:
+        name = re.search(r'"name":"([^"]*)"', row)
+        time = re.search(r'"exec_time_us":"?([\d.eE+\-]+)', row)
+        if name and time:
+            costs[name[1]] = float(time[1]) * 1e-6
+    return next((costs[name] for name in ("indexing-cost-model", "sol") if name in costs), 0.0)
