@@ -48,7 +48,9 @@ def found() -> search.Search:
 
 def test_every_candidate_is_legal_and_they_are_many(found):
     assert found.looked == len(found.ranked) >= 1000
-    seen = {(*c.sizes.values(), c.config.remat, c.config.batch, c.config.loss) for c in found.ranked}
+    seen = {
+        (*c.sizes.values(), c.config.remat, c.config.batch, c.config.loss) for c in found.ranked
+    }
     assert len(seen) == found.looked
     for one in found.ranked[::50]:
         assert math.prod(one.sizes.values()) == 256
@@ -183,6 +185,7 @@ def test_a_chosen_mesh_is_remembered(tmp_path, monkeypatch):
     keys = ["mesh=auto", f"plan.cache={tmp_path}/cache", f"run.dir={tmp_path}/run"]
     config, target = configfile.load(TINY, keys), parse_target("cpu:8")
     monkeypatch.setattr(estimate, "make_estimator", lambda *_: formulas)
+    monkeypatch.setattr(estimate, "memory_limit", lambda _: 1e12)
     first, why = search.choose_mesh(config, target)
     assert math.prod(getattr(first.mesh, axis) for axis in cfg.AXES) == 8
     assert not first.mesh.auto and first.remat == config.remat and first.batch == config.batch

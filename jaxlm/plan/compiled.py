@@ -127,11 +127,21 @@ def buffer_class(buffer: Buffer) -> str:
 
 
 def describe_buffer(buffer: Buffer, module: hlo.Module) -> dict[str, Any]:
-    """A buffer for people: its class, name, shape and the line that made it."""
+    """A buffer for people: its class, name, shape and the line that made it, of jaxlm's own."""
+    frames = module.source(buffer.maker)
+    own = [frame for frame in frames if "/jaxlm/" in frame[0] or frame[0].startswith("jaxlm/")]
+    file, line = next(iter(own or frames), ("", 0))
+    shape = f"{buffer.shape.dtype}[{','.join(map(str, buffer.shape.dims))}]"
     return {
-        "bytes": buffer.bytes, "class": buffer_class(buffer), "name": buffer.maker.op_name,
-        "shape": str(buffer.shape), "source": buffer.maker.source(module),
+        "bytes": buffer.bytes, "class": buffer_class(buffer), "name": _short(buffer.maker.op_name),
+        "shape": shape, "source": f"{file[file.rfind('jaxlm/'):]}:{line}" if file else "",
     }  # fmt: skip
+
+
+def _short(name: str) -> str:
+    """The scopes of an operation without those that jax itself adds."""
+    parts = [part for part in name.split("/") if part not in ("jit(train_step)", "eval_jaxpr")]
+    return "/".join(parts[-4:])
 
 
 def measure(config: cfg.Config, target: Target) -> dict[str, Any]:

@@ -57,9 +57,45 @@ class Habits:
 
 
 HABITS = {
-    "tpu": Habits(True, False, False, False, 128 * 2**20, 128, 1, 2, 4, 6, (4, 6), (0, 0), 0, idle_zeros=1, stacks_stay=True, rows_always=True),
+    "tpu": Habits(
+        True,
+        False,
+        False,
+        False,
+        128 * 2**20,
+        128,
+        1,
+        2,
+        4,
+        6,
+        (4, 6),
+        (0, 0),
+        0,
+        idle_zeros=1,
+        stacks_stay=True,
+        rows_always=True,
+    ),
     "gpu": Habits(False, True, True, False, 0, 1, 2, 2, 2, 6, (4, 0), (2, 1), 0, idle_zeros=0.5),
-    "cpu": Habits(False, True, False, True, 0, 1, 1, 2, 0, 4, (7, 0), (2, 2), WIDE, 2, 1.25, 1, idle_table=True, hoists=True),
+    "cpu": Habits(
+        False,
+        True,
+        False,
+        True,
+        0,
+        1,
+        1,
+        2,
+        0,
+        4,
+        (7, 0),
+        (2, 2),
+        WIDE,
+        2,
+        1.25,
+        1,
+        idle_table=True,
+        hoists=True,
+    ),
 }
 
 
@@ -139,7 +175,9 @@ def _weight(name: str, shape, dims: str, layout: Layout, lanes: int, is_trained:
         for entry in spec
         for axis in ((entry,) if isinstance(entry, str) else entry or ())
     )
-    stored, used = (math.ceil(total / ways(spec)) for spec in (layout.stored(dims), layout.spec(dims)))
+    stored, used = (
+        math.ceil(total / ways(spec)) for spec in (layout.stored(dims), layout.spec(dims))
+    )
     narrow = dims.endswith(" head_dim")  # its rows fill whole tiles at rest
     padding = -(-shape[-1] // lanes) * lanes / shape[-1] if narrow else 1
     layers = shape[0] if dims.startswith("layers ") else 0
@@ -160,7 +198,11 @@ def _resident(p: Plan, structure: Structure) -> Sizes:
 
 def _moments(p: Plan, weight: Weight, structure: Structure) -> float:
     """Elements of the optimizer's state for a weight (optim.py)."""
-    name, dims, shape = p.config.optimizer.name, structure.dims[weight.name], structure.shapes[weight.name]
+    name, dims, shape = (
+        p.config.optimizer.name,
+        structure.dims[weight.name],
+        structure.shapes[weight.name],
+    )
     if name == "adamw":
         return 2 * weight.stored
     if name == "lion":
@@ -196,22 +238,27 @@ def _parts(p: Plan, looped: bool, ticks: bool) -> dict[str, Sizes]:
         held = _sum(held, {"gradients": held["gradients"], "workspace": _gathered_table(p)})
     masks = {"logits": p.habits.idle_logits * _logits(p)}
     embedding = {
-        "gradients": WIDE * _head_weight(p).used + table * (1 + (looped and p.layout.gather_at == "layer")),
+        "gradients": WIDE * _head_weight(p).used
+        + table * (1 + (looped and p.layout.gather_at == "layer")),
         "workspace": (_gathered_table(p) + _held_head(p) * p.habits.hoists) * looped,
     }
     return {
         "forward": _sum(kept, grads, _layer_workspace(p, ticks, True), held, masks),
         "head": _sum(kept, head, masks, {"workspace": _hidden(p)}),
         "backward": _sum(kept, grads, layer, held),
-        "embedding": _sum(grads, embedding, kept if ticks or (looped and p.habits.stacks_stay) else {}),
+        "embedding": _sum(
+            grads, embedding, kept if ticks or (looped and p.habits.stacks_stay) else {}
+        ),
     }
 
 
 def _gathered_table(p: Plan) -> float:
     """The embedding in use, in the compute type, where that is not what rests."""
     tables = [w for w in p.weights if w.name == "embed"]
-    return p.c * sum(w.used for w in tables if w.used > w.stored or p.c < WIDE) * (
-        p.layout.gather_at == "layer"
+    return (
+        p.c
+        * sum(w.used for w in tables if w.used > w.stored or p.c < WIDE)
+        * (p.layout.gather_at == "layer")
     )
 
 
@@ -235,13 +282,17 @@ def _idle(p: Plan) -> Sizes:
     habits = p.habits
     return {
         "workspace": habits.idle_scores * _scores(p),
-        "gradients": WIDE * sum(w.used for w in p.weights if w.name == "embed" and w.used > w.stored)
+        "gradients": WIDE
+        * sum(w.used for w in p.weights if w.name == "embed" and w.used > w.stored)
         * habits.idle_table,
     }
 
 
 def _sum(*parts: Sizes) -> Sizes:
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(k for p in parts for k in p)}
+    return {
+        name: sum(part.get(name, 0.0) for part in parts)
+        for name in dict.fromkeys(k for p in parts for k in p)
+    }
 
 
 def _table(p: Plan) -> float:
@@ -259,7 +310,9 @@ def _accumulators(p: Plan) -> Sizes:
     sizes: Sizes = {"gradients": 0.0, "workspace": 0.0}
     step = p.layout.gather_at == "step"
     if p.config.batch.microbatches > 1:
-        sizes["gradients"] = WIDE * sum(w.used if step else w.stored for w in p.weights if w.trained)
+        sizes["gradients"] = WIDE * sum(
+            w.used if step else w.stored for w in p.weights if w.trained
+        )
     if step:
         sizes["workspace"] = p.c * sum(w.used for w in p.weights)
     elif p.habits.cast_stack and p.c < WIDE:
@@ -355,7 +408,9 @@ def _layer(p: Plan) -> list[Array]:
         *_mlp(p),
     ]
     if layout.gather_at == "layer":
-        arrays.append(Array("weights", operand * sum(w.used / w.layers for w in p.weights if w.layers)))
+        arrays.append(
+            Array("weights", operand * sum(w.used / w.layers for w in p.weights if w.layers))
+        )
     return arrays
 
 
@@ -369,7 +424,12 @@ def _attention(p: Plan, H: float, K: float) -> list[Array]:
     length, backend = p.config.batch.sequence_length, p.layout.attention.backend
     C = -(-p.config.model.head_dim // p.habits.lanes) * p.habits.lanes
     if backend == "xla":
-        return [Array("scores", p.n * H * length * (2 * WIDE if p.target.platform == "gpu" else WIDE + p.c))]
+        return [
+            Array(
+                "scores",
+                p.n * H * length * (2 * WIDE if p.target.platform == "gpu" else WIDE + p.c),
+            )
+        ]
     if backend == "splash":
         return [Array("attention", p.c * p.n * H * C + WIDE * p.n * H)]
     return [Array("attention", WIDE * p.n * H)]
@@ -400,7 +460,9 @@ def _rows(p: Plan) -> float:
     """Rows of a buffer that takes whatever the peers may send (parallel/experts.py)."""
     model, peers = p.config.model, p.layout.size("experts")
     held = model.num_experts / peers
-    return p.n * (peers * min(model.experts_per_token, held) if peers > 1 else model.experts_per_token)
+    return p.n * (
+        peers * min(model.experts_per_token, held) if peers > 1 else model.experts_per_token
+    )
 
 
 def _keeps(p: Plan, array: Array) -> bool:

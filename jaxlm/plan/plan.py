@@ -135,7 +135,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         },
         "parameters": plan.parameters,
         "memory": {
-            "classes": plan.cost.memory, "peak_bytes": plan.cost.peak, "limit_bytes": limit,
+            "classes": by_class(plan.cost.memory), "peak_bytes": plan.cost.peak, "limit_bytes": limit,
             "usable_bytes": limit * config.plan.memory, "fits": plan.fits,
         },
         "flops": {
@@ -165,6 +165,13 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "notes": list(plan.cost.notes),
     }  # fmt: skip
+
+
+def by_class(memory: dict[str, float]) -> dict[str, float]:
+    """Memory in the order of cost.MEMORY, and what has no place there last."""
+    place = {name: i for i, name in enumerate(cost.MEMORY)}
+    rank = lambda name: place.get(name.split("/")[0], len(place))
+    return {name: memory[name] for name in sorted(memory, key=rank)}
 
 
 def remat_text(remat: cfg.Remat) -> str:
