@@ -73,7 +73,8 @@ def count_flops(visits: list[Visit]) -> tuple[dict[str, float], float, list[str]
         else:
             found = matmul_flops(each, computation)
         if found:
-            total[part(each.op_name)] += found * visit.times
+            name = each.op_name or visit.scheduled.op_name
+            total[part(name)] += found * visit.times
     return dict(total), kernels, list(notes)
 
 
@@ -252,6 +253,9 @@ def _collective(visit: Visit, module: Module) -> Collective:
     if kind == "all-reduce" and "all-reduce-scatter" in visit.computation.name:
         kind = "reduce-scatter"  # TPU: an all-reduce (of this shape) and the slice of it, fused
         parts = max(1, *map(len, groups)) if groups else module.partitions
+    if kind == "ragged-all-to-all":  # the larger of its two buffers has room for the worst case
+        given = visit.computation.by_name[each.operands[0]].shapes
+        arrays = min(arrays, list(given), key=lambda some: sum(shape.bytes for shape in some))
     names = tuple(f"{shape.dtype}[{','.join(map(str, shape.dims))}]" for shape in arrays)
     size = int(sum(shape.bytes for shape in arrays) / parts)
     return Collective(kind, names, size, groups, visit.loops, visit.times, not overlapped(visit))
@@ -514,14 +518,23 @@ def compute_seconds(module: Module, visits: list[Visit], target: Target) -> floa
     total, kind = 0.0, target.kind
     for visit in visits:
         each = visit.instruction
-        if each is not visit.scheduled:
-            continue
         if target.platform == "tpu" and kind.clock:
-            cycles = re.search(r'"estimated_cycles":"?(\d+)', each.attributes)
-            total += int(cycles[1]) / kind.clock * visit.times if cycles else 0.0
-        elif target.platform == "gpu" and not _has_matmul(module, each):
-            total += reification_seconds(each) * visit.times
+            cycles = _cycles(visit.scheduled)
+            if each is visit.scheduled and cycles is not None:
+                total += cycles / kind.clock * visit.times
+            elif each is not visit.scheduled and cycles is None:
+                total += matmul_flops(each, visit.computation) / kind.bf16_flops * visit.times
+        elif target.platform == "gpu" and each is visit.scheduled:
+            if not _has_matmul(module, each):
+                total += reification_seconds(each) * visit.times
     return total
+
+
+def _cycles(each: Instruction) -> int | None:
+    """libtpu's estimate; None where it gives the largest number instead of one."""
+    found = re.search(r'"estimated_cycles":"?(-?\d+)', each.attributes)
+    cycles = int(found[1]) if found else 0
+    return cycles if abs(cycles) < 1 << 60 else None
 
 
 def _has_matmul(module: Module, each: Instruction) -> bool:
