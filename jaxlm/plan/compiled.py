@@ -24,7 +24,7 @@ from jaxlm import config as cfg
 from jaxlm import configfile
 from jaxlm.plan import cache, cost, executables, hlo
 from jaxlm.plan.account import account, collectives, summarize
-from jaxlm.plan.liveness import Buffer, find_peak
+from jaxlm.plan.liveness import largest, split_memory
 from jaxlm.plan.target import Target, parse_target
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import abstract_state
@@ -32,9 +32,6 @@ from jaxlm.train import Program, make_program
 
 LARGEST = 12  # buffers that are named
 GPU_OPTIONS = {"xla_gpu_collect_cost_model_stats": True}  # its estimates, into the program's text
-ARGUMENTS = {
-    "state.params": "parameters", "state.fixed": "parameters", "state.opt": "optimizer",
-}  # fmt: skip
 SURFACED = "nvoluntary full rematerialization"  # a reshard that XLA cannot do without a full copy
 
 
@@ -73,7 +70,7 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
     assert memory is not None and text is not None
     unkept = executables.save(config, target, compiled)
     module = hlo.parse(text)
-    found, largest = read_cost(config, program, target, memory, module)
+    found, buffers = read_cost(config, program, target, memory, module)
     return {
         "target": name,
         "devices": program.mesh.size,
@@ -85,7 +82,7 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
         "collectives": summarize(collectives(module), program.layout),
         "cost": cost.to_json(found),
         "warnings": [unkept] if unkept else [],
-        "largest": largest,
+        "largest": buffers,
     }
 
 
@@ -93,55 +90,15 @@ def read_cost(
     config: cfg.Config, program: Program, target: Target, memory: Any, module: hlo.Module
 ) -> tuple[cost.Cost, list[dict[str, Any]]]:
     """The Cost of a compiled program, and the largest buffers at its peak."""
-    counted = account(module, program.layout, target, config.mesh.dcn)
-    peak = compiled_peak(target, memory)
-    live = find_peak(module).live
-    classes: dict[str, float] = {}
-    for buffer in live:
-        name = buffer_class(buffer)
-        classes[name] = classes.get(name, 0.0) + buffer.bytes
-    classes["fragments"] = peak - sum(classes.values())  # what packing loses, or shares
+    layout, structure = program.layout, program.structure
+    counted = account(module, layout, target, config.mesh.dcn)
+    split = split_memory(module, memory, layout, structure, config)
     taken = cost.Cost(
-        memory=classes, flops=counted.flops, kernel_flops=counted.kernel_flops,
+        memory=split.classes, flops=counted.flops, kernel_flops=counted.kernel_flops,
         traffic=counted.traffic, hbm_bytes=counted.hbm_bytes, host_bytes=counted.host_bytes,
         compute_seconds=counted.compute_seconds, notes=counted.notes,
     )  # fmt: skip
-    largest = sorted(live, key=lambda b: -b.bytes)[:LARGEST]
-    return taken, [describe_buffer(buffer, module) for buffer in largest]
-
-
-def compiled_peak(target: Target, memory: Any) -> float:
-    """The compiler's peak; CPU's counts arguments only, and its temporaries are beside them."""
-    if target.platform != "cpu":
-        return float(memory.peak_memory_in_bytes)
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return float(memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs)
-
-
-def buffer_class(buffer: Buffer) -> str:
-    """The class of a buffer: arguments by their name, temporaries by the scope that made them."""
-    name = buffer.maker.op_name
-    if buffer.argument < 0:
-        return "logits" if "/head/" in name else "workspace"
-    return next((c for mark, c in ARGUMENTS.items() if name.startswith(mark)), "batch")
-
-
-def describe_buffer(buffer: Buffer, module: hlo.Module) -> dict[str, Any]:
-    """A buffer for people: its class, name, shape and the line that made it, of jaxlm's own."""
-    frames = module.source(buffer.maker)
-    own = [frame for frame in frames if "/jaxlm/" in frame[0] or frame[0].startswith("jaxlm/")]
-    file, line = next(iter(own or frames), ("", 0))
-    shape = f"{buffer.shape.dtype}[{','.join(map(str, buffer.shape.dims))}]"
-    return {
-        "bytes": buffer.bytes, "class": buffer_class(buffer), "name": _short(buffer.maker.op_name),
-        "shape": shape, "source": f"{file[file.rfind('jaxlm/'):]}:{line}" if file else "",
-    }  # fmt: skip
-
-
-def _short(name: str) -> str:
-    """The scopes of an operation without those that jax itself adds."""
-    parts = [part for part in name.split("/") if part not in ("jit(train_step)", "eval_jaxpr")]
-    return "/".join(parts[-4:])
+    return taken, [buffer._asdict() for buffer in largest(split, LARGEST)]
 
 
 def measure(config: cfg.Config, target: Target) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def _largest(plan: dict[str, Any]) -> str:
         return ""
     most = plan["largest"][0]["bytes"] or 1
     rows = [
-        (f"{b['name']} {b['shape']}", f"{size(b['bytes'])} {b['class']} {b['source']}",
+        (f"{b['name']} {b['shape']}", f"{size(b['bytes'])} {b['kind']} {b['source']}",
          b["bytes"] / most)
         for b in plan["largest"]
     ]  # fmt: skip

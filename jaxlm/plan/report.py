@@ -155,7 +155,7 @@ def largest(buffers: list[dict[str, Any]]) -> Table:
     table = _table("the largest buffers at the peak", "bytes", "class", "name", "shape", "made at")
     for row in buffers:
         table.add_row(
-            size(row["bytes"]), row["class"], escape(row["name"]), escape(row["shape"]),
+            size(row["bytes"]), row["kind"], escape(row["name"]), escape(row["shape"]),
             row["source"],
         )  # fmt: skip
     return table
