@@ -130,7 +130,7 @@ class Module:
     computations: dict[str, Computation]
     entry: Computation
     partitions: int  # devices
-    aliases: frozenset[int]  # parameters whose buffers the results reuse
+    aliases: dict[int, int]  # leaf of the result -> donated parameter whose buffer it reuses
     frames: dict[int, tuple[tuple[str, int], ...]]  # stack frame -> (file, line), innermost first
 
     def called(self, instruction: Instruction, role: str) -> Computation | None:
@@ -180,10 +180,10 @@ def parse(text: str) -> Module:
     count = lambda key: int((re.search(rf"\b{key}=(\d+)", text[: 1 << 20]) or "01")[1])
     head = text[: text.index("\n")]
     listed = re.search(r"input_output_alias=\{(.*?)\}, entry", head)
-    aliases = re.findall(r": \((\d+),", listed[1]) if listed else []
+    aliases = re.findall(r"\{(\d*)\}: \((\d+),", listed[1]) if listed else []
     return Module(
         computations, entry, max(1, count("num_partitions")) * max(1, count("replica_count")),
-        frozenset(map(int, aliases)), _frames(text),
+        {int(leaf or 0): int(number) for leaf, number in aliases}, _frames(text),
     )  # fmt: skip
 
 

@@ -1,242 +1,247 @@
-"""What lies in device memory at the peak of a compiled program: its buffers, replayed in order.
+"""The memory of a compiled program by class: what its peak is made of, and its largest buffers.
 
-The schedule fixes when each array is made and last used. Arrays that XLA keeps in one buffer are
-one here too: what a loop carries, what is updated in place, what a donated argument becomes. The
-compiler's own figure is larger by what its packing of buffers loses (fragmentation).
+`replay.py` says which buffers are live at the peak; here each gets its class from the names of the
+program's arguments, from the scopes of the instructions that write it, and from its part in the
+program: what the forward pass writes and the backward pass reads is saved.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+import re
+from typing import Any, NamedTuple
 
-from jaxlm.plan.hlo import Computation, Instruction, Module, Shape
+from jaxlm import config as cfg
+from jaxlm.plan import replay
+from jaxlm.plan.cost import MEMORY, PARTS
+from jaxlm.plan.hlo import Module, Shape
+from jaxlm.plan.replay import Value
+from jaxlm.sharding import Layout, partitions
+from jaxlm.state import Structure
 
-# Results that lie where an operand lies; the number is the operand's.
-_ALIAS = {
-    "bitcast": 0, "optimization-barrier": 0, "copy-done": 0, "all-gather-done": 0,
-    "all-reduce-done": 0, "collective-permute-done": 0, "domain": 0,
+ARGUMENTS = {
+    "state.params": "parameters", "state.fixed": "parameters", "state.opt": "optimizer",
+    "state.step": "optimizer", "batch": "batch",
 }  # fmt: skip
-# Operations that may write over an operand of the same size which is not used any more.
-_SHARES = (
-    "fusion", "add", "multiply", "subtract", "divide", "select", "convert", "copy", "all-reduce",
-    "all-reduce-start", "negate", "maximum", "minimum", "exponential", "tanh", "scatter",
-    "dynamic-update-slice", "custom-call",
-)  # fmt: skip
+UNEXPLAINED = "unexplained"
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class Buffer:
-    """A place in device memory."""
+class Buffer(NamedTuple):
+    """A buffer that is live at the peak."""
 
-    bytes: float
-    shape: Shape
-    maker: Instruction
-    computation: Computation
-    argument: int = -1  # number of the program's argument that it is; -1: a temporary
+    bytes: int
+    kind: str  # its class, as in Split.classes
+    name: str  # a parameter, or the part of the model that makes it
+    shape: str  # bf16[2,1024,512] on one device
+    source: str  # the line that made it, "jaxlm/models/llama.py:94"
+    scope: str  # the compiler's op_name
 
 
 @dataclasses.dataclass(frozen=True)
-class Peak:
-    """The moment at which most is in use."""
+class Split:
+    """Bytes of one device at the peak, by class; they sum to the compiler's peak."""
 
-    bytes: float  # temporaries
-    live: tuple[Buffer, ...]  # arguments, and temporaries at that moment
+    classes: dict[str, float]
+    buffers: tuple[Buffer, ...]  # the largest first
+    code: float  # of the program itself: beside the peak, the compilers do not count it
+    reserved: float  # arguments, results, temporaries as they are packed, and code
 
-
-def find_peak(module: Module) -> Peak:
-    """Replay a program."""
-    arguments = {}
-    for number, each in module.entry.parameters().items():
-        arguments[number] = tuple(
-            Buffer(_size(shape), shape, each, module.entry, number) for shape in each.shapes
-        )
-    peak = _replay(module, module.entry, arguments, _outputs(module))
-    fixed = tuple(buffer for leaves in arguments.values() for buffer in leaves if buffer.bytes)
-    return Peak(peak.bytes, fixed + peak.live)
+    @property
+    def peak(self) -> float:
+        """The compiler's peak."""
+        return sum(self.classes.values())
 
 
-def _size(shape: Shape) -> float:
-    return shape.padded_bytes if shape.space == 0 else 0.0
+class Shapes(NamedTuple):
+    """Sizes on one device, by which arrays of the model are told from one another."""
+
+    weights: dict[tuple[int, ...], str]  # dimensions, sorted and without ones -> a parameter
+    vocab: int  # rows of the vocabulary
+    stream: tuple[int, ...]  # the residual stream of a microbatch
 
 
-def _outputs(module: Module) -> frozenset[int]:
-    """Leaves of the program's result that lie in a donated argument."""
-    return frozenset(module.aliases)
+def compiler_peak(memory: Any) -> float:
+    """Peak bytes by `compiled.memory_analysis()`.
+
+    CPU's plugin leaves temporaries out of its peak; it allocates them as one block.
+    """
+    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak, temporary = memory.peak_memory_in_bytes, memory.temp_size_in_bytes
+    return float(peak if peak - whole >= temporary / 2 else whole + temporary)
 
 
-def _replay(
-    module: Module, computation: Computation, parameters: dict[int, tuple[Buffer, ...]],
-    placed: frozenset[int],
-) -> Peak:  # fmt: skip
-    """The peak of temporaries inside; `placed`: leaves of its result that have a place outside."""
-    made: dict[str, tuple[Buffer, ...]] = {}
-    inner: dict[int, Peak] = {}
-    own: list[tuple[int, Buffer]] = []
-    for index, each in enumerate(computation.instructions):
-        leaves, nested = _run(module, computation, each, made, parameters)
-        made[each.name] = leaves
-        if nested is not None:
-            inner[index] = nested
-        known = {id(buffer) for buffer in _known(computation, each, made, parameters)}
-        own += [(index, buffer) for buffer in leaves if id(buffer) not in known]
-    ends = made[computation.root.name]
-    outside = {id(ends[leaf]) for leaf in placed if leaf < len(ends)}
-    last = {id(buffer): index for index, buffer in own}
-    for index, each in enumerate(computation.instructions):
-        if each.opcode in ("tuple", "get-tuple-element"):
-            continue  # names, not uses
-        for name in each.operands:
-            last |= {id(buffer): index for buffer in made.get(name, ()) if id(buffer) in last}
-    last |= {id(buffer): len(computation.instructions) for buffer in ends if id(buffer) in last}
-    counted = [(index, b) for index, b in own if b.bytes and id(b) not in outside]
-    return _sweep(computation, counted, last, inner)
+def split_memory(
+    module: Module, memory: Any, layout: Layout, structure: Structure, config: cfg.Config
+) -> Split:
+    """Classify every buffer that is live at the peak; what is not found is `unexplained`."""
+    liveness = replay.simulate(module)
+    shapes = local_shapes(layout, structure, config)
+    buffers = [
+        describe(module, liveness, members, shapes)
+        for members in liveness.live(liveness.time).values()
+    ]
+    classes: dict[str, float] = {}
+    for one in buffers:
+        classes[one.kind] = classes.get(one.kind, 0.0) + one.bytes
+    peak = compiler_peak(memory)
+    classes[UNEXPLAINED] = peak - sum(classes.values())
+    order = [*MEMORY, UNEXPLAINED]
+    rank = lambda kind: (order.index(kind.split("/")[0]), kind)
+    code = float(memory.generated_code_size_in_bytes)
+    reserved = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes + code
+    )  # fmt: skip
+    return Split(
+        {kind: classes[kind] for kind in sorted(classes, key=rank)},
+        tuple(sorted(buffers, key=lambda one: -one.bytes)), code, reserved,
+    )  # fmt: skip
 
 
-def _known(computation, each: Instruction, made, parameters) -> Iterator[Buffer]:
-    """Buffers that were there before an instruction."""
-    for name in each.operands:
-        yield from made.get(name, ())
-    if each.opcode == "parameter":
-        yield from parameters.get(int(each.arguments), ())
+def largest(split: Split, count: int) -> list[Buffer]:
+    """The largest buffers at the peak."""
+    return list(split.buffers[:count])
 
 
-def _run(module, computation: Computation, each: Instruction, made, parameters):
-    """(buffers of the result's leaves, the peak inside of what it calls)."""
-    operands = [made.get(name, ()) for name in each.operands]
-    fresh = lambda: tuple(Buffer(_size(s), s, each, computation) for s in each.shapes)
-    if each.opcode == "parameter":
-        return parameters.get(int(each.arguments)) or fresh(), None
-    if each.opcode == "tuple":
-        return tuple(buffer for leaves in operands for buffer in leaves), None
-    if each.opcode == "get-tuple-element":
-        return _element(computation, each, operands[0]), None
-    if each.opcode in _ALIAS and operands:
-        return _part(operands[_ALIAS[each.opcode]], each.shapes), None
-    if each.opcode == "while":
-        body = module.called(each, "body")
-        state = operands[0]
-        inside = {0: state}
-        placed = frozenset(range(len(state)))
-        return state, _replay(module, body, inside, placed)
-    if each.opcode == "conditional":
-        result = fresh()
-        peaks = [
-            _replay(module, branch, {0: leaves}, frozenset(range(len(result))))
-            for branch, leaves in zip(module.branches(each), operands[1:], strict=False)
-        ]
-        return result, max(peaks, key=lambda peak: peak.bytes, default=None)
-    called = module.called(each, "to_apply") if each.opcode == "call" else None
-    if called is not None:
-        result = fresh()
-        bound = dict(enumerate(operands))
-        return result, _replay(module, called, bound, frozenset(range(len(result))))
-    return _results(module, each, operands, fresh()), None
+def local_shapes(layout: Layout, structure: Structure, config: cfg.Config) -> Shapes:
+    """What the arrays of a model are on one device, at rest and in use, one layer or stacked."""
+    weights: dict[tuple[int, ...], str] = {}
+    for name in structure.weights:
+        dims, shape = structure.dims[name], structure.shapes[name]
+        for spec in (layout.stored(dims), layout.spec(dims)):
+            local = _shard(layout, shape, spec)
+            for one in (local, local[1:] if dims.startswith("layers ") else local):
+                if len(_key(one)) > 1:
+                    weights.setdefault(_key(one), name)
+    batch = config.batch
+    stream = (
+        max(1, batch.sequences // batch.microbatches), batch.sequence_length,
+        config.model.embed_dim,
+    )  # fmt: skip
+    vocab = (cfg.padded_vocab(config.model),)
+    return Shapes(
+        weights, _shard(layout, vocab, layout.spec("vocab"))[0],
+        _key(_shard(layout, stream, layout.spec("batch residual_seq _"))),
+    )  # fmt: skip
 
 
-def _element(computation: Computation, each: Instruction, leaves: tuple[Buffer, ...]):
-    """The leaves of one element of a tuple, by the number of leaves of each."""
-    index, source = int(each.attribute("index")), computation.by_name[each.operands[0]]
-    if len(source.shapes) == len(leaves):
-        start = source.starts[index]
-        return leaves[start : start + len(each.shapes)]
-    return leaves[index : index + len(each.shapes)]
+def _shard(layout: Layout, shape: tuple[int, ...], spec) -> tuple[int, ...]:
+    sizes = dict(layout.axes)
+    axes = lambda entry: (entry,) if isinstance(entry, str) else entry or ()
+    counts = [math.prod(sizes[axis] for axis in axes(entry)) for entry in partitions(spec)]
+    return tuple(-(-n // count) for n, count in zip(shape, counts, strict=True))
 
 
-def _part(leaves: tuple[Buffer, ...], shapes: tuple[Shape, ...]) -> tuple[Buffer, ...]:
-    """The leaves that a -done returns of what its -start made: the last ones that fit."""
-    if len(leaves) <= len(shapes):
-        return leaves
-    wanted = [(shape.dtype, shape.dims, shape.space) for shape in shapes]
-    for start in range(len(leaves) - len(shapes), -1, -1):
-        found = [
-            (b.shape.dtype, b.shape.dims, b.shape.space) for b in leaves[start:][: len(shapes)]
-        ]
-        if found == wanted:
-            return leaves[start : start + len(shapes)]
-    return leaves[: len(shapes)]
+def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(n for n in dims if n > 1))
 
 
-def _results(module: Module, each: Instruction, operands, fresh: tuple[Buffer, ...]):
-    """Buffers of a result; those that are updated in place, or begun from an operand, are its."""
-    if each.opcode == "dynamic-update-slice":
-        return operands[0]
-    if each.opcode.endswith("-start"):  # ((operands), results, contexts)
-        given = [buffer for leaves in operands for buffer in leaves]
-        result = []
-        for buffer in fresh:
-            same = next((g for g in given if g.shape == buffer.shape), None)
-            if same is not None:
-                given.remove(same)
-            result.append(same or buffer)
-        return tuple(result)
-    if each.opcode == "fusion":
-        return _fused(module, each, operands, fresh)
-    return fresh
+def describe(
+    module: Module, liveness: replay.Liveness, members: list[Value], shapes: Shapes
+) -> Buffer:
+    """One buffer, from all the values that lie in it during the program."""
+    argument = next((value for value in members if value.argument), None)
+    if argument is not None:
+        op_name = argument.instruction.op_name
+        place, name = _argument(op_name)
+        return Buffer(
+            argument.bytes, ARGUMENTS.get(place, "workspace"), name, _text(argument.shape), "",
+            op_name,
+        )  # fmt: skip
+    first = max(members, key=lambda value: value.bytes)
+    writers = _writers(liveness, members)
+    maker = next((value for value in writers if _part(value.scope)), (writers or [first])[0])
+    readers = liveness.readers.get(first.buffer, set())
+    weight = shapes.weights.get(_key(first.shape.dims), "")
+    kind = _kind(first.shape, writers, readers, weight, shapes, _part(maker.scope))
+    if kind.startswith("saved/") and _carried(liveness, members) and _is_stream(first, shapes):
+        kind = "saved/block input"
+    name = weight or _part(maker.scope) or "other"
+    source = _source(module, maker)
+    return Buffer(first.bytes, kind, name, _text(first.shape), source, maker.scope)
 
 
-def _fused(module: Module, each: Instruction, operands, fresh: tuple[Buffer, ...]):
-    """A fusion that ends in an update of a slice writes into the operand that it updates."""
-    called = module.called(each, "calls")
-    assert called is not None, each
-    root = called.root
-    outs = [called.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    result = list(fresh)
-    for leaf, out in enumerate(outs[: len(fresh)]):
-        number = _updated(module, called, out)
-        if (
-            number is not None
-            and operands[number]
-            and operands[number][0].bytes == fresh[leaf].bytes
-        ):
-            result[leaf] = operands[number][0]
-    return tuple(result)
+def _writers(liveness: replay.Liveness, members: list[Value]) -> list[Value]:
+    """The values of a buffer that are computed; of a copy, those of what it is a copy of."""
+    for _ in range(8):
+        writers = [value for value in members if value.scope]
+        sources = {liveness.values[v.source].buffer for v in members if v.source >= 0}
+        if writers or not sources:
+            return writers
+        members = [value for value in liveness.values if value.buffer in sources]
+    return []
 
 
-def _updated(module: Module, computation: Computation, out: Instruction) -> int | None:
-    """The parameter of a fused computation that a value is an update of, in place."""
-    updates = False
-    while True:
-        if out.opcode == "parameter":
-            return int(out.arguments) if updates else None
-        if out.opcode == "fusion":
-            inner = module.called(out, "calls")
-            assert inner
-            number = _updated(module, inner, inner.root)
-            if number is None:
-                return None
-            updates, out = True, computation.by_name[out.operands[number]]
-            continue
-        updates = updates or out.opcode == "dynamic-update-slice"
-        if out.opcode not in ("dynamic-update-slice", "bitcast", "convert", "copy"):
-            return None
-        out = computation.by_name[out.operands[0]]
+def _argument(op_name: str) -> tuple[str, str]:
+    """state.params['embed'] as (state.params, embed); of the optimizer, the moment as well."""
+    place = next((one for one in ARGUMENTS if op_name.startswith(one)), "")
+    keys = re.findall(r"\['([^']*)'\]", op_name)
+    moment = re.search(r"\.(mu|nu|count|\w+)\[", op_name.removeprefix(place))
+    name = keys[-1] if keys else op_name
+    return place, f"{moment[1]} {name}" if moment and place == "state.opt" else name
 
 
-def _sweep(computation: Computation, own, last: dict[int, int], inner: dict[int, Peak]) -> Peak:
-    """Walk the schedule, making and freeing buffers."""
-    starts: dict[int, list[Buffer]] = {}
-    ends: dict[int, list[Buffer]] = {}
-    for index, buffer in own:
-        starts.setdefault(index, []).append(buffer)
-        ends.setdefault(last[id(buffer)], []).append(buffer)
-    live: dict[int, Buffer] = {}
-    total, best = 0.0, Peak(0.0, ())
-    for index, each in enumerate(computation.instructions):
-        shared = 0.0
-        if each.opcode in _SHARES:  # what dies here may hold what is made here
-            free = [buffer.bytes for buffer in ends.get(index, ()) if id(buffer) in live]
-            for buffer in starts.get(index, ()):
-                if buffer.bytes in free:
-                    free.remove(buffer.bytes)
-                    shared += buffer.bytes
-        for buffer in starts.get(index, ()):
-            live[id(buffer)] = buffer
-            total += buffer.bytes
-        within = inner.get(index, Peak(0.0, ()))
-        if total - shared + within.bytes > best.bytes:
-            best = Peak(total - shared + within.bytes, (*live.values(), *within.live))
-        for buffer in ends.get(index, ()):
-            if live.pop(id(buffer), None) is not None:
-                total -= buffer.bytes
-    return best
+def _kind(
+    shape: Shape, writers: list[Value], readers: set[str], weight: str, shapes: Shapes, part: str
+) -> str:
+    """The class of a temporary."""
+    scopes = [value.scope for value in writers]
+    forward = any(map(_in_forward, scopes))
+    if not weight and shapes.vocab in shape.dims and any(map(_in_head, scopes)):
+        return "logits"
+    used = any(map(_in_forward, readers)) or any(
+        value.origin.opcode.startswith("all-gather") or value.scope.startswith("state.")
+        for value in writers
+    )
+    if weight and not forward and not used and not any("optimizer" in scope for scope in scopes):
+        return "gradients"
+    if not forward or not any("transpose(" in reader for reader in readers):
+        return "workspace"
+    return "saved/weights" if weight else f"saved/{part or 'residuals'}"
+
+
+def _in_forward(scope: str) -> bool:
+    return "jvp(" in scope and "transpose(" not in scope
+
+
+def _in_head(scope: str) -> bool:
+    return re.search(r"[(/]head[)/]", scope) is not None
+
+
+def _carried(liveness: replay.Liveness, members: list[Value]) -> bool:
+    """Whether a buffer collects what a loop carries from one layer to the next."""
+    sources = (liveness.values[value.source] for value in members if value.source >= 0)
+    return any(source.instruction.opcode == "parameter" for source in sources)
+
+
+def _is_stream(value: Value, shapes: Shapes) -> bool:
+    """Whether it is the residual stream, or a stack of it."""
+    key = _key(value.shape.dims)
+    return key == shapes.stream or any(_without(key, n) == shapes.stream for n in key)
+
+
+def _without(key: tuple[int, ...], number: int) -> tuple[int, ...]:
+    left = list(key)
+    left.remove(number)
+    return tuple(left)
+
+
+def _part(scope: str) -> str:
+    """The innermost part of the model that a scope names; empty: none."""
+    known = (*PARTS, "embedding")
+    found = [word for word in re.split(r"[/()]", scope) if word in known]
+    return found[-1] if found else ""
+
+
+def _text(shape: Shape) -> str:
+    return f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
+
+
+def _source(module: Module, value: Value) -> str:
+    """The innermost line of jaxlm that made a value; where there is none, the innermost line."""
+    places = module.source(value.origin)
+    own = [(file, line) for file, line in places if "/jaxlm/" in file and "/site-" not in file]
+    for file, line in own or places[:1]:
+        return f"{'jaxlm/' + file.rsplit('/jaxlm/', 1)[1] if own else file}:{line}"
+    return ""

@@ -1,0 +1,404 @@
+"""When every buffer of a compiled program is live, from its schedule: what the peak is made of.
+
+XLA's buffer assignment is followed (xla/service: hlo_live_range.cc, hlo_dataflow_analysis.cc,
+heap_simulator.cc): the schedule is flattened, a loop's body once and before the loop itself; what
+a loop carries, and what is updated in place, lies in one buffer; an instruction may write over an
+operand of its shape that nobody reads later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxlm.plan.hlo import Computation, Instruction, Module, Shape
+
+DEVICE = 0  # the memory space that counts; on TPU 1 is VMEM, 5 the host's
+FREE = ("bitcast", "get-tuple-element", "tuple", "optimization-barrier", "constant", "after-all")
+HOLDS = ("while", "parameter", "conditional", "call", "copy", "copy-start", "broadcast")
+COPIES = ("bitcast", "copy", "convert", "reshape", "transpose")
+IN_PLACE = ("dynamic-update-slice", "scatter", "all-reduce-start")
+# An output may overwrite an operand that it reads element by element, or of a slice's update.
+ELEMENTWISE = frozenset(
+    "abs add and atan2 cbrt ceil clamp compare convert copy cosine divide erf exponential "
+    "exponential-minus-one floor is-finite log log-plus-one logistic maximum minimum multiply "
+    "negate not or power remainder round-nearest-afz round-nearest-even rsqrt select shift-left "
+    "shift-right-arithmetic shift-right-logical sign sine sqrt subtract tan tanh xor".split()
+)
+
+
+@dataclasses.dataclass(slots=True)
+class Value:
+    """One array that an instruction makes, and the part of the schedule in which it is needed."""
+
+    instruction: Instruction
+    computation: Computation
+    shape: Shape
+    bytes: int
+    start: int
+    end: int
+    buffer: int  # where it lies: all values of a buffer share its bytes
+    origin: Instruction  # what computed it, seen through copies, fusions and updates of slices
+    source: int  # the value that it is a copy of, or takes an update from; -1: none
+    argument: bool = False  # of the program: it is there from the start to the end
+
+    @property
+    def scope(self) -> str:
+        """The op_name of what computed it; empty for what only holds a place."""
+        name = self.origin.op_name  # "broadcast.99": one that the compiler made up
+        return name if self.origin.opcode not in HOLDS and "/" in name else ""
+
+
+@dataclasses.dataclass
+class Liveness:
+    """All values of a program, and how many bytes are live at each place of the schedule."""
+
+    module: Module
+    values: list[Value]
+    bytes: np.ndarray  # by time
+    readers: dict[int, set[str]]  # buffer -> the op_names of what reads it
+
+    @property
+    def time(self) -> int:
+        """The moment of the peak."""
+        return int(self.bytes.argmax())
+
+    def live(self, time: int) -> dict[int, list[Value]]:
+        """All values of each buffer that is live at a time."""
+        now = {v.buffer for v in self.values if v.start <= time <= v.end and v.bytes}
+        found: dict[int, list[Value]] = {}
+        for value in self.values:
+            if value.buffer in now and value.bytes:
+                found.setdefault(value.buffer, []).append(value)
+        return found
+
+
+def simulate(module: Module) -> Liveness:
+    """Follow the schedule of a program once."""
+    walk = _Walk(module)
+    walk.run()
+    readers: dict[int, set[str]] = {}
+    for value, scopes in walk.readers.items():
+        readers.setdefault(walk.values[value].buffer, set()).update(scopes)
+    for value in reversed(walk.values):  # who reads a copy reads what it was made from
+        if value.source >= 0:
+            source = walk.values[value.source].buffer
+            readers.setdefault(source, set()).update(readers.get(value.buffer, ()))
+    return Liveness(module, walk.values, _timeline(walk.values, walk.clock), readers)
+
+
+def _timeline(values: list[Value], end: int) -> np.ndarray:
+    """Bytes that are live at each time; the values of a buffer count once."""
+    steps = np.zeros(end + 2)
+    spans: dict[int, list[Value]] = {}
+    for value in values:
+        if value.bytes and value.end >= value.start:
+            spans.setdefault(value.buffer, []).append(value)
+    for members in spans.values():
+        size, last = max(value.bytes for value in members), -1
+        for value in sorted(members, key=lambda value: value.start):
+            start = max(value.start, last + 1)
+            if value.end >= start:
+                steps[start] += size
+                steps[value.end + 1] -= size
+                last = value.end
+    return steps.cumsum()[:-1]
+
+
+class _Walk:
+    """The state of `simulate`: a clock, and the values that each instruction's result holds."""
+
+    def __init__(self, module: Module):
+        self.module = module
+        self.clock = 0
+        self.values: list[Value] = []
+        self.place: dict[str, tuple[int, ...]] = {}
+        self.parents: list[int] = []  # of a value, towards that which names its buffer
+        self.readers: dict[int, list[str]] = {}  # of a value, the op_names of what uses it
+        self.overwrites: list[tuple[int, int]] = []  # a result, an operand that it may overwrite
+
+    def run(self) -> None:
+        """Walk the entry; arguments, and what is written over them, live throughout."""
+        entry = self.module.entry
+        results = self._computation(entry, None)
+        for value in self.values:
+            if value.argument:
+                value.start, value.end = 0, self.clock
+        self._use(results, self.clock)
+        self._alias_outputs(results)
+        for one, other in self.overwrites:
+            if self.values[other].end == self.values[one].start:
+                self.values[one].start += 1
+        for i, value in enumerate(self.values):
+            value.buffer = self._find(i)
+
+    def _alias_outputs(self, results: tuple[int, ...]) -> None:
+        arguments = {
+            int(each.arguments): self.place[f"{self.module.entry.name}/{each.name}"]
+            for each in self.module.entry.instructions
+            if each.opcode == "parameter"
+        }
+        for output, parameter in self.module.aliases.items():
+            self._join(results[output], arguments[parameter][0])
+
+    def _computation(self, computation: Computation, given: list | None) -> tuple[int, ...]:
+        """Values of a computation's result; `given`: those of its parameters, None: new ones."""
+        results: tuple[int, ...] = ()
+        for each in computation.instructions:
+            operands = [self.place[f"{computation.name}/{name}"] for name in each.operands]
+            if each.opcode == "parameter" and given is not None:
+                made = given[int(each.arguments)]
+            else:
+                made = self._instruction(computation, each, operands)
+            self.place[f"{computation.name}/{each.name}"] = made
+            if each.root:
+                results = made
+        self._use(results, self.clock)
+        return results
+
+    def _instruction(self, computation, each, operands) -> tuple[int, ...]:
+        if each.opcode == "while":
+            return self._while(computation, each, operands[0])
+        if each.opcode in ("call", "conditional") or each.opcode == "async-start":
+            called = list(called_computations(self.module, each))
+            if called:
+                return self._call(computation, each, operands, called)
+        self.clock += 1
+        if each.opcode not in FREE:  # others are names, not uses
+            for operand in operands:
+                self._use(operand, self.clock, each.op_name)
+        return self._result(computation, each, operands)
+
+    def _while(self, computation, each, carried) -> tuple[int, ...]:
+        before = self._new(computation, each, range(len(each.shapes)))
+        for new, old in zip(before, carried, strict=True):
+            self._join(new, old)
+        self.clock += 1
+        self._use(carried, self.clock)
+        condition, body = called_computations(self.module, each)
+        for called in (condition, body):
+            inside = self._new(called, called.parameters()[0], (), each.shapes)
+            for new, old in zip(inside, before, strict=True):
+                self._join(new, old)
+            results = self._computation(called, [inside])
+            if called is condition:  # the body's parameter needs what the condition saw
+                self._use(inside, self.clock)
+                continue
+            for new, old in zip(results, before, strict=True):
+                self._join(new, old)
+        self.clock += 1
+        for one in before:
+            self.values[one].start = self.values[one].end = self.clock
+        return before
+
+    def _call(self, computation, each, operands, called) -> tuple[int, ...]:
+        given = operands if each.opcode != "conditional" else operands[1:]
+        made: tuple[int, ...] = ()
+        for i, one in enumerate(called):
+            results = self._computation(
+                one, list(given) if each.opcode != "conditional" else [given[i]]
+            )
+            if not made:
+                made = self._new(computation, each, (), each.shapes[: len(results)])
+            for new, old in zip(made, results, strict=True):
+                self._join(new, old)
+        self.clock += 1
+        for operand in operands:
+            self._use(operand, self.clock)
+        for one in made:
+            self.values[one].start = self.values[one].end = self.clock
+        return made
+
+    def _result(self, computation, each, operands) -> tuple[int, ...]:
+        """Values of an instruction that calls nothing: new ones, or those of its operands."""
+        flat = tuple(value for operand in operands for value in operand)
+        opcode = each.opcode
+        if opcode == "get-tuple-element":
+            source = computation.by_name[each.operands[0]]
+            first = source.starts[int(each.attribute("index"))]
+            return flat[first : first + len(each.shapes)]
+        if opcode in ("tuple", "optimization-barrier"):
+            return flat
+        if opcode in ("bitcast", "bitcast-convert") and len(flat) == 1:
+            return flat
+        if opcode.endswith("-done"):
+            return flat[: len(each.shapes)]
+        if opcode.endswith("-start"):
+            return self._start(computation, each, flat)
+        made = self._new(computation, each, range(len(each.shapes)))
+        self._trace(computation, each, made, operands)
+        if opcode == "parameter":
+            for one in made:
+                self.values[one].argument = True
+        for result, operand in in_place(self.module, each):
+            if operand < len(operands) and result < len(made):
+                self._join(made[result], operands[operand][0])
+        for result, operand in may_overwrite(self.module, each):
+            if len(operands[operand]) == 1:
+                self.overwrites.append((made[result], operands[operand][0]))
+        return made
+
+    def _start(self, computation, each, flat) -> tuple[int, ...]:
+        """An asynchronous half: its results first, then its operands, which it goes on reading."""
+        shapes = each.shapes
+        if each.opcode == "copy-start":  # (result, operand, context)
+            shapes = shapes[:1]
+        elif each.opcode != "all-reduce-start" or len(shapes) > len(flat):
+            shapes = shapes[len(flat) :]  # ((operands), results, contexts)
+        made = self._new(computation, each, (), shapes)
+        self._trace(computation, each, made, [(one,) for one in flat])
+        if each.opcode == "all-reduce-start":
+            for new, old in zip(made, flat, strict=True):
+                self._join(new, old)
+        return (*made, *flat)
+
+    def _new(self, computation, each, leaves, shapes=None) -> tuple[int, ...]:
+        shapes = tuple(each.shapes[i] for i in leaves) if shapes is None else shapes
+        first = len(self.values)
+        for i, shape in enumerate(shapes):
+            counts = shape.space == DEVICE and each.opcode not in FREE
+            size = int(shape.padded_bytes) if counts else 0
+            self.values.append(
+                Value(
+                    each,
+                    computation,
+                    shape,
+                    size,
+                    self.clock,
+                    self.clock,
+                    len(self.values),
+                    each,
+                    -1,
+                )  # fmt: skip
+            )
+            self.parents.append(len(self.parents))
+        return tuple(range(first, len(self.values)))
+
+    def _trace(self, computation, each, made, operands) -> None:
+        """Remember what computed the results, and of which values they are copies."""
+        for leaf, one in enumerate(made):
+            found, number = origin(self.module, computation, each, leaf)
+            if number is not None and number < len(operands) and operands[number]:
+                self.values[one].source = operands[number][0]
+                found = self.values[operands[number][0]].origin
+            self.values[one].origin = found
+
+    def _use(self, values, time: int, reader: str = "") -> None:
+        for value in values:
+            self.values[value].end = max(self.values[value].end, time)
+            if reader:
+                self.readers.setdefault(value, []).append(reader)
+
+    def _find(self, value: int) -> int:
+        while self.parents[value] != value:
+            self.parents[value] = self.parents[self.parents[value]]
+            value = self.parents[value]
+        return value
+
+    def _join(self, one: int, other: int) -> None:
+        self.parents[self._find(one)] = self._find(other)
+
+
+def called_computations(module: Module, each: Instruction) -> Iterator[Computation]:
+    """What runs inside an instruction, in the order of the schedule."""
+    if each.opcode == "while":
+        yield module.computations[each.attribute("condition")]
+        yield module.computations[each.attribute("body")]
+        return
+    found = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
+    names = re.findall(r"[\w.\-]+", found[1]) if found else []
+    roles = ("true_computation", "false_computation", "to_apply", "calls")
+    for name in names or [each.attribute(role) for role in roles]:
+        if name:
+            yield module.computations[name]
+
+
+def in_place(module: Module, each: Instruction) -> Iterator[tuple[int, int]]:
+    """(result, operand) pairs that lie in one buffer by definition."""
+    if each.opcode in IN_PLACE:
+        yield 0, 0
+    found = re.search(r"output_to_operand_aliasing=\{(.*?\})\}", each.attributes)
+    for result, operand in re.findall(r"\{([\d, ]*)\}: \((\d+),", found[1]) if found else ():
+        yield int(result or 0), int(operand)
+    if each.opcode == "fusion":
+        called = module.computations[each.attribute("calls")]
+        for i, root in enumerate(_outputs(called)):
+            source = _through(called, root)
+            if source.opcode in IN_PLACE:
+                target = _through(called, called.by_name[source.operands[0]])
+                if target.opcode == "parameter":
+                    yield i, int(target.arguments)
+
+
+def _outputs(computation: Computation) -> list[Instruction]:
+    root = next(each for each in reversed(computation.instructions) if each.root)
+    return [computation.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
+
+
+def _through(computation: Computation, each: Instruction) -> Instruction:
+    """The instruction that made a value, seen through bitcasts."""
+    while each.opcode == "bitcast":
+        each = computation.by_name[each.operands[0]]
+    return each
+
+
+def may_overwrite(module: Module, each: Instruction) -> Iterator[tuple[int, int]]:
+    """(result, operand) pairs of which the result may lie where an operand was read last."""
+    if each.opcode in ELEMENTWISE:
+        yield from ((0, i) for i in range(len(each.operands)))
+    if each.opcode != "fusion":
+        return
+    called = module.computations[each.attribute("calls")]
+    outputs = _outputs(called)
+    users: dict[str, list[Instruction]] = {}
+    for one in called.instructions:
+        for name in one.operands:
+            users.setdefault(name, []).append(one)
+    for parameter in called.instructions:
+        if parameter.opcode == "parameter" and len(parameter.shapes) == 1:
+            if _elementwise(parameter, users):
+                for i, output in enumerate(outputs):
+                    if output.shapes[0].padded_bytes == parameter.shapes[0].padded_bytes:
+                        yield i, int(parameter.arguments)
+
+
+def _elementwise(parameter: Instruction, users: dict[str, list[Instruction]]) -> bool:
+    """Whether all that is computed of a parameter takes the same element of it."""
+    stack, seen = [parameter], set()
+    while stack:
+        one = stack.pop()
+        for user in users.get(one.name, ()):
+            if user.opcode not in ("tuple", "bitcast") and not (
+                user.opcode in ELEMENTWISE and user.shapes[0].size == parameter.shapes[0].size
+                and (user.opcode != "copy" or user.shapes[0].order == one.shapes[0].order)
+            ):  # fmt: skip
+                return False
+            if user.name not in seen:
+                seen.add(user.name)
+                stack.append(user)
+    return True
+
+
+def origin(
+    module: Module, computation: Computation, each: Instruction, leaf: int
+) -> tuple[Instruction, int | None]:
+    """What computed a result, through copies and updates of slices; or the operand it came from."""
+    if each.opcode in ("fusion", "fusion-start"):
+        called = module.computations[each.attribute("calls")]
+        outputs = _outputs(called)
+        found = _computed(called, outputs[min(leaf, len(outputs) - 1)])
+        if found.opcode == "parameter":
+            return each, int(found.arguments)
+        return (found if found.op_name else each), None
+    if each.opcode in ("copy-start", *COPIES):
+        return each, 0
+    return each, 1 if each.opcode == "dynamic-update-slice" else None
+
+
+def _computed(computation: Computation, each: Instruction) -> Instruction:
+    while each.opcode == "dynamic-update-slice" or each.opcode in COPIES:
+        each = computation.by_name[each.operands[each.opcode == "dynamic-update-slice"]]
+    return each
