@@ -10,7 +10,7 @@ from typing import Any
 from jaxlm import config as cfg
 from jaxlm.plan import analytic, estimate, roofline
 from jaxlm.plan.cost import Cost
-from jaxlm.plan.target import parse_target
+from jaxlm.plan.target import Target, parse_target
 from jaxlm.validate import resolve_mesh
 
 MEASURED = "measured/step_seconds"
@@ -19,7 +19,8 @@ MEASURED = "measured/step_seconds"
 def calibrate(runs: Sequence[tuple[str, cfg.Config]]) -> dict[str, Any]:
     """Fit efficiencies of each kind of hardware to runs, and keep them for later plans."""
     pairs: dict[str, list[tuple[Cost, float]]] = {}
-    targets, rows = {}, []
+    targets: dict[str, list[Target]] = {}
+    rows = []
     for path, config in runs:
         record = read_measurement(Path(path))
         target = parse_target(record["plan/target"])
@@ -27,7 +28,7 @@ def calibrate(runs: Sequence[tuple[str, cfg.Config]]) -> dict[str, Any]:
         layout = estimate.layout_of(config, sizes, estimate.one_device(target))
         cost = analytic.analyze(config, layout, estimate.structure_of(config), target)
         name = target.kind.name
-        targets[name] = target
+        targets.setdefault(name, []).append(target)
         pairs.setdefault(name, []).append((cost, record[MEASURED]))
         rows.append({"run": path, "target": target.text} | {
             key: record[key] for key in sorted(record) if key.startswith(("plan/", "measured/"))

@@ -135,8 +135,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         },
         "parameters": plan.parameters,
         "memory": {
-            "classes": by_class(plan.cost.memory), "peak_bytes": plan.cost.peak, "limit_bytes": limit,
-            "usable_bytes": limit * config.plan.memory, "fits": plan.fits,
+            "classes": by_class(plan.cost.memory), "peak_bytes": plan.cost.peak,
+            "limit_bytes": limit, "usable_bytes": limit * config.plan.memory, "fits": plan.fits,
         },
         "flops": {
             "parts": plan.cost.flops, "total": plan.cost.total_flops, "ideal": plan.ideal_flops,
