@@ -1,0 +1,92 @@
+"""Edits that make a config fit are confirmed by a compile, and cost what they say."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jaxlm import configfile
+from jaxlm.plan import estimate, fit
+from jaxlm.plan.compiled import CompileError
+from jaxlm.plan.target import parse_target
+from jaxlm.validate import validate
+
+TINY = Path(__file__).parent / "configs" / "llama.yaml"
+TARGET = parse_target("cpu:8")
+
+
+def load(*overrides: str):
+    return configfile.load(TINY, ["mesh.data=8", "remat.policy=none", *overrides])
+
+
+def figures(config) -> tuple[float, float]:
+    """(peak, seconds) of a made-up machine."""
+    peak = 8 / config.mesh.fsdp + (2 if config.remat.policy == "full" else 8)
+    peak += 4 / config.batch.microbatches
+    return peak, (1.3 if config.remat.policy == "full" else 1.0) + config.batch.microbatches / 10
+
+
+def measure(config) -> dict:
+    peak, seconds = figures(config)
+    return {"peak_bytes": peak, "step_seconds": seconds}
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    def set_to(amount):
+        monkeypatch.setattr(estimate, "memory_limit", lambda _: amount / 0.95)
+
+    return set_to
+
+
+def test_every_edit_is_legal_and_changes_something():
+    config = load("batch.sequences=32")
+    found = fit.candidates(config, TARGET)
+    assert len(found) > 10
+    for edit, edited in found:
+        validate(edited, 8)
+        assert edited != config
+        again = configfile.load(TINY, ["mesh.data=8", "remat.policy=none", "batch.sequences=32",
+                                       *fit.overrides(edit)])  # fmt: skip
+        assert dataclasses.replace(again, mesh=edited.mesh) == edited
+        assert {a: n for a, n in vars(again.mesh).items() if n != 1} == {
+            a: n for a, n in vars(edited.mesh).items() if n != 1
+        }
+
+
+def test_confirmed_edits_fit_and_the_cheapest_is_first(limit):
+    limit(16.5)
+    edits = fit.propose(load(), TARGET, measure, figures)
+    assert len(edits) == 3
+    assert all(edit.peak_bytes <= 16.5 for edit in edits)
+    assert [e.step_seconds for e in edits] == sorted(e.step_seconds for e in edits)
+    cheapest = edits[0]  # fsdp costs nothing here
+    assert cheapest.overrides == ("mesh.data=4", "mesh.fsdp=2") and cheapest.price == 0
+    assert "16.0 B" in fit.describe(cheapest) or "16 B" in fit.describe(cheapest)
+
+
+def test_two_edits_where_one_is_not_enough(limit):
+    limit(11)
+    edits = fit.propose(load(), TARGET, measure, figures)
+    assert edits and all(edit.peak_bytes <= 11 for edit in edits)
+    assert all(len(edit.overrides) > 3 for edit in edits)
+
+
+def test_what_does_not_compile_or_fit_is_not_proposed(limit):
+    limit(16.5)
+    tried = []
+
+    def stubborn(config):
+        tried.append(config)
+        if len(tried) > 1 and config.mesh.fsdp > 1:
+            raise CompileError("crashed")
+        return measure(config) | {"peak_bytes": 20.0 if config.remat.policy == "full" else 99.0}
+
+    assert fit.propose(load(), TARGET, stubborn, figures) == []
+    assert len(tried) == 1 + fit.TRIED
+
+
+def test_what_fits_is_made_smaller(limit):
+    limit(1e9)
+    edits = fit.propose(load(), TARGET, measure, figures)
+    assert edits and all(edit.peak_bytes < figures(load())[0] for edit in edits)
