@@ -31,9 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        line = str(error).splitlines()[0]
-        hint = "more batch.microbatches, remat.policy=full or more devices take less"
-        print(f"jaxlm: out of memory: {line}; {hint}", file=sys.stderr)
+        print(f"jaxlm: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        _after_out_of_memory(args)
         return 2
     except KeyboardInterrupt:
         print(
@@ -49,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """All commands; each sets `run`, a function of the arguments."""
     from jaxlm.data import command
+    from jaxlm.plan import command as plan_command
 
     parser = argparse.ArgumentParser(
         prog="jaxlm", description="Train language models on any mesh that a config names."
@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxlm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    plan_command.add_parser(commands)
     _add_eval(commands)
     _add_generate(commands)
     command.add_parser(commands)
@@ -180,7 +181,28 @@ def _train(args) -> None:
     config = _start(args, args.config)
     from jaxlm import train
 
-    train.train(config)
+    train.train(_settled(config))
+
+
+def _settled(config):
+    """The config with `mesh: auto` chosen for the devices that are there."""
+    if not config.mesh.auto:
+        return config
+    import jax
+
+    from jaxlm.plan import search
+
+    return search.settle_run(config, jax.devices())
+
+
+def _after_out_of_memory(args) -> None:
+    """Say what would fit: the planner's confirmed edits, by a process of its own."""
+    from jaxlm.plan import command
+
+    if args.run is not _train:
+        print("jaxlm: a larger mesh takes less memory a device", file=sys.stderr)
+    else:
+        command.advise(args.config, args.overrides)
 
 
 def _eval(args) -> None:
@@ -251,7 +273,7 @@ def _check(args) -> None:
 
     found = parse_target(args.target).devices() if args.target else None
     config = _start(args, args.config)
-    mesh, layout = open_mesh(config, found)
+    mesh, layout = open_mesh(config if found else _settled(config), found)
     print(f"{args.config}: fits on {mesh.size} x {mesh.devices.flat[0].device_kind}")
     if layout.size("layers") > 1:
         print(pipeline.describe(config, layout.size("layers")))

@@ -95,7 +95,10 @@ class Devices:
 
 @section
 class Mesh:
-    """Devices along each mesh axis; one axis may be -1 and takes the devices that are left."""
+    """Devices along each mesh axis; one axis may be -1 and takes the devices that are left.
+
+    `mesh: auto` leaves the choice to the planner.
+    """
 
     replica: int = key(1, "copies whose parameters may differ (local SGD)", changes="recompiles")
     stage: int = key(1, "pipeline stages", changes="recompiles")
@@ -109,6 +112,10 @@ class Mesh:
         "axis -> its factor that runs across slices or hosts, e.g. {data: 4}; divides that axis",
         changes="recompiles",
     )
+    auto: bool = key(
+        False, "the planner chooses the axes for the devices that are there; written mesh: auto",
+        changes="recompiles",
+    )  # fmt: skip
 
 
 @section
@@ -377,6 +384,23 @@ class Log:
 
 
 @section
+class Plan:
+    """`jaxlm plan`: the hardware to plan for, and what its search may take."""
+
+    target: str = key(
+        "local", "hardware: v6e:16x16, 2*v5p:4x4x4, h100:4x8, cpu:8; local: what is plugged in"
+    )
+    compile: int = key(4, "candidates of --search that are compiled, the best first", minimum=0)
+    timeout: float = key(1800.0, "longest compile of one program, seconds", minimum=1.0)
+    memory: float = key(
+        0.95, "part of a device's memory that a plan may take; the rest is for the runtime, "
+        "fragments and what the estimate misses", minimum=0.1, maximum=1.0,
+    )  # fmt: skip
+    price: float = key(0.0, "currency per chip and hour; 0: not shown", minimum=0.0)
+    cache: str = key("", "directory of results; empty: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm")
+
+
+@section
 class Config:
     """One run."""
 
@@ -414,6 +438,7 @@ class Config:
     eval: Eval = key(Eval, "evaluation")
     sample: Sample = key(Sample, "samples during training")
     log: Log = key(Log, "progress and metrics")
+    plan: Plan = key(Plan, "planning")
 
 
 def run_dir(config: Config) -> Path:

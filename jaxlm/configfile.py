@@ -23,6 +23,7 @@ from jaxlm.config import FAMILIES, Config, Model, UserError
 
 NULL = "tag:yaml.org,2002:null"
 TEXT = "tag:yaml.org,2002:str"
+BOOL = "tag:yaml.org,2002:bool"
 OVERRIDE = "override"
 DEFAULT = "default"
 
@@ -136,7 +137,7 @@ def load_with_sources(
     """The config, and where each dotted key's value came from."""
     entries = _read_file(Path(path), ())
     for override in overrides:
-        entries |= _read_override(override)
+        entries = _over(entries, _read_override(override))
     family = _family(entries)
     keys = schema(family)
     for name, entry in entries.items():
@@ -175,8 +176,19 @@ def _read_file(path: Path, parents: tuple[Path, ...], wanted_by: str = "") -> di
     entries = {}
     for name in _coerce("include", tuple[str, ...], include) if include else ():
         other = Path(os.path.normpath(path.parent / name))
-        entries |= _read_file(other, (*parents, path), include.source if include else "")
-    return entries | own
+        included = _read_file(other, (*parents, path), include.source if include else "")
+        entries = _over(entries, included)
+    return _over(entries, own)
+
+
+def _over(entries: dict[str, Entry], later: dict[str, Entry]) -> dict[str, Entry]:
+    """The later entries win; `mesh: auto` and the axes of a mesh replace each other."""
+    names = [name for name in later if name.startswith("mesh.")]
+    if names == ["mesh.auto"] and later["mesh.auto"].node.value == "true":
+        entries = {n: entry for n, entry in entries.items() if not n.startswith("mesh.")}
+    elif names:
+        entries = {n: entry for n, entry in entries.items() if n != "mesh.auto"}
+    return entries | later
 
 
 def _read_override(override: str) -> dict[str, Entry]:
@@ -227,7 +239,9 @@ def _flatten(
         if name in seen:
             raise UserError(f"{source}: {name} is given twice in this mapping")
         seen.add(name)
-        if name in sections() or name in tables():
+        if name == "mesh" and isinstance(node, yaml.ScalarNode) and node.value == "auto":
+            found["mesh.auto"] = Entry(yaml.ScalarNode(BOOL, "true"), source)
+        elif name in sections() or name in tables():
             if not isinstance(node, yaml.MappingNode):
                 hint = "leave it out" if node.tag == NULL else f"write {name}: {{key: value}}"
                 raise UserError(f"{source}: {name}={_shown(node)} must be a mapping; {hint}")

@@ -84,7 +84,7 @@ def _legal(key: Key) -> str:
     limits = key.field.metadata
     if key.is_table:
         return TABLE_LEGAL[key.name]
-    if key.name.startswith("mesh."):
+    if key.name.startswith("mesh.") and key.kind is int:
         return "at least 1; -1 for one axis at most: the devices that are left"
     if limits["choices"]:
         return "one of " + ", ".join(limits["choices"])

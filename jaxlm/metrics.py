@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ class Log:
     step: Callable[[tuple[int, dict] | None], None]  # (step, values of its metrics)
     evaluation: Callable[[int, dict[str, float]], None]
     samples: Callable[[int, list[tuple[str, str]]], None]
+    compare: Callable[[int, dict[str, Any]], None]  # "plan/..." of a prediction, with what was
     paused: Callable[[], contextlib.AbstractContextManager]  # time inside is not a step's
 
 
@@ -73,6 +75,7 @@ def open_log(
         describe = describer(config, structure, mesh)
         step_tokens = config.batch.sequences * config.batch.sequence_length
         clock = {"time": time.monotonic(), "step": start}
+        timings: list[float] = []  # of steps; the first has the compile in it
 
         def step(values: tuple[int, dict] | None) -> None:
             if values is None:
@@ -82,6 +85,7 @@ def open_log(
                 return
             seconds = (time.monotonic() - clock["time"]) / (done - clock["step"])
             clock.update(time=time.monotonic(), step=done)
+            timings.append(seconds)
             record = {"step": done, **numbers, "tokens": done * step_tokens}
             record |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
             for sink in sinks:
@@ -99,13 +103,47 @@ def open_log(
                 keep_sample({"step": done, "prompt": prompt, "text": text})
             say(f"step {done}  sample {texts[0][0] + texts[0][1]!r}")
 
+        def compare(done: int, plan: dict[str, Any]) -> None:
+            record = {"step": done, **plan, **measurements(timings, list(mesh.devices.flat))}
+            if len(record) > 1:
+                for sink in sinks:
+                    sink(record)
+                say(comparison(record))
+
         @contextlib.contextmanager
         def paused() -> Iterator[None]:
             begin = time.monotonic()
             yield
             clock["time"] += time.monotonic() - begin
 
-        yield Log(say, step, evaluation, samples, paused)
+        yield Log(say, step, evaluation, samples, compare, paused)
+
+
+def measurements(timings: list[float], devices_: list) -> dict[str, float]:
+    """What a run measured: the median step after the first, and the fullest device's peak.
+
+    CPU devices keep no count of their memory.
+    """
+    found = {}
+    if len(timings) > 1:
+        found["measured/step_seconds"] = statistics.median(timings[1:])
+    local = [d for d in devices_ if d.process_index == jax.process_index()]
+    stats = [device.memory_stats() or {} for device in local]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return found | ({"measured/peak_bytes": max(peaks)} if peaks else {})
+
+
+def comparison(record: dict[str, Any]) -> str:
+    """A line: what was predicted, and what was measured."""
+    words = []
+    for name, unit, scale in (("step_seconds", "s", 1.0), ("peak_bytes", "GB", 1e9)):
+        sides = [
+            f"{word} {record[f'{side}/{name}'] / scale:.4g} {unit}"
+            for side, word in (("plan", "predicted"), ("measured", "measured"))
+            if f"{side}/{name}" in record
+        ]
+        words += [f"{name.split('_')[0]} {', '.join(sides)}"] if sides else []
+    return f"plan: {'; '.join(words)}"
 
 
 def _outputs(config: cfg.Config, run_dir: Path, start: int, stack: contextlib.ExitStack):

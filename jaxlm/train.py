@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
 from jaxlm.loss import batch_losses, read_aux, split_batch, sum_losses, update_fixed
 from jaxlm.parallel import pipeline
+from jaxlm.plan import estimate, executables
 from jaxlm.sharding import Layout, batch_shardings, sequence_order, wide
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
 
@@ -168,6 +169,7 @@ def _unreduced_zeros(weight: jax.Array) -> jax.Array:
 def train(config: cfg.Config) -> None:
     """Train to config.steps, from the newest checkpoint of the run directory if it has one."""
     mesh, layout, structure, optimizer, train_step, options = make_program(config)
+    train_step = executables.load(config, mesh) or train_step
     run.prepare_data(config)
     training = data.open_split(config.data.path, "train")
     data.check_vocab(training, config.model.vocab_size)
@@ -199,6 +201,7 @@ def train(config: cfg.Config) -> None:
                 logger.warning("warning: %s", line)
             if config.optimizer.warmup_steps >= config.steps:
                 logger.info("the run ends within its warm-up (optimizer.warmup_steps)")
+            prediction = predict(config, mesh, structure)
             previous = None
             for step in range(start, config.steps):
                 state, values = train_step(state, next(batches))
@@ -221,7 +224,26 @@ def train(config: cfg.Config) -> None:
                     if sampling:
                         log.samples(done, write_samples(state))
             checkpoint.finish(manager)
+            if start < config.steps:
+                log.compare(config.steps, prediction)
             log.say(metrics.closing_words(config, run_dir, start))
+
+
+def predict(config: cfg.Config, mesh: Mesh, structure: Structure) -> dict[str, Any]:
+    """What the formulas of the planner expect of a step here; said, and kept with the metrics."""
+    try:
+        target, (cost, time) = estimate.predict(config, mesh, structure)
+    except cfg.UserError as error:
+        logger.info("plan: no prediction: %s", error)
+        return {}
+    logger.info(
+        "plan: a step of %.4g s, %.2f GB a device, limited by %s (formulas; jaxlm plan compiles)",
+        time.seconds, cost.peak / 1e9, time.limit,
+    )  # fmt: skip
+    return {
+        "plan/target": target.text, "plan/step_seconds": time.seconds,
+        "plan/peak_bytes": cost.peak,
+    }  # fmt: skip
 
 
 def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, shardings, options):

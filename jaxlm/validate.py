@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def near_meshes(config: Config, sizes: dict[str, int], count: int = 3) -> list[s
     """The meshes of as many devices that fit the config and change the fewest factors."""
     axes = [axis for axis in AXES if sizes[axis] > 1 or axis in ("data", "fsdp", "tensor")]
     ranked = []
-    for shape in _factors(math.prod(sizes.values()), len(axes)):
+    for shape in factorisations(math.prod(sizes.values()), len(axes)):
         other = dict.fromkeys(AXES, 1) | dict(zip(axes, shape, strict=True))
         if any(other[axis] % factor for axis, factor in config.mesh.dcn.items()):
             continue
@@ -75,19 +76,24 @@ def near_meshes(config: Config, sizes: dict[str, int], count: int = 3) -> list[s
     return [name(other) or "one device" for other in itertools.islice(fit, count)]
 
 
-def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+def factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
     """Every way to write a number as an ordered product of so many factors."""
     if parts == 1:
         yield (number,)
         return
     for first in _divisors(number):
-        for rest in _factors(number // first, parts - 1):
+        for rest in factorisations(number // first, parts - 1):
             yield (first, *rest)
 
 
 def resolve_mesh(mesh: Mesh, num_devices: int) -> dict[str, int]:
     """Axis -> size, in the order of AXES, with -1 filled; their product is num_devices."""
     _check_sizes(mesh)
+    if mesh.auto:
+        raise UserError(
+            "mesh=auto is for train and plan, which choose a mesh; here give its axes, as in "
+            "mesh.fsdp=-1"
+        )
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     given = {axis: size for axis, size in sizes.items() if size > 1}
     product = math.prod(given.values())
@@ -130,6 +136,12 @@ def _grow(sizes: dict[str, int], num_devices: int) -> str:
 
 
 def _check_sizes(mesh: Mesh) -> None:
+    given = [axis for axis in AXES if getattr(mesh, axis) != 1]
+    if mesh.auto and (given or mesh.dcn):
+        raise UserError(
+            f"mesh.auto=true with mesh.{(given or ['dcn'])[0]}: auto chooses every axis; "
+            "give the axes, or mesh=auto alone"
+        )
     fills = [f"mesh.{axis}=-1" for axis in AXES if getattr(mesh, axis) == -1]
     if len(fills) > 1:
         raise UserError(f"{' and '.join(fills)}: only one axis can be -1; give the others a size")
@@ -487,6 +499,7 @@ def _product(factors: dict[str, int]) -> str:
     return text if len(factors) == 1 else f"{math.prod(factors.values())} ({text})"
 
 
+@functools.cache  # a search asks for those of few numbers very often
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, min(number, SEARCH) + 1) if number % n == 0]
 

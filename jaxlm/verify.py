@@ -241,7 +241,8 @@ def make_batch(config: cfg.Config, layout: Layout, step: int) -> dict[str, np.nd
 def replace_mesh(config: cfg.Config, sizes: Sizes) -> cfg.Config:
     """The config on another mesh; `dcn` stays where the mesh still has its factors."""
     dcn = {a: n for a, n in config.mesh.dcn.items() if sizes.get(a, 1) % n == 0}
-    mesh = cfg.Mesh(**{axis: sizes.get(axis, 1) for axis in cfg.AXES}, dcn=dcn)
+    every = {axis: sizes.get(axis, 1) for axis in cfg.AXES}
+    mesh = dataclasses.replace(cfg.Mesh(), dcn=dcn, **every)
     pipeline = config.pipeline if mesh.stage > 1 else cfg.Pipeline()
     return dataclasses.replace(config, mesh=mesh, pipeline=pipeline)
 

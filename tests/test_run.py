@@ -211,11 +211,12 @@ def test_a_run_directory_may_have_a_long_name_with_spaces(tmp_path):
     assert load_config(run_dir).run.dir == str(run_dir)
 
 
-def test_out_of_memory_is_one_line(data, tmp_path, capfd, monkeypatch):
+def test_out_of_memory_is_one_line_and_advice(data, tmp_path, capfd, monkeypatch):
     def fail(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nmore")
 
     monkeypatch.setattr("jaxlm.train.train", fail)
+    monkeypatch.setattr("jaxlm.plan.command.advise", lambda *_: None)  # tests/test_plan.py
     assert main(["train", str(tiny.CONFIGS / "llama.yaml"), f"data.path={data}"]) == 2
     err = capfd.readouterr().err
     assert err.startswith("jaxlm: out of memory: RESOURCE_EXHAUSTED") and err.count("\n") == 1

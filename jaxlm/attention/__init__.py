@@ -43,12 +43,18 @@ def attend(
 
 def choose(config: cfg.Config, mesh: Mesh) -> cfg.Attention:
     """Resolve `auto` from the mesh's devices, and say why; refuse what cannot run there."""
+    chosen, why = pick(config, mesh)
+    logging.getLogger("jaxlm").info("attention: %s (%s)", chosen.backend, why)
+    return chosen
+
+
+def pick(config: cfg.Config, mesh: Mesh) -> tuple[cfg.Attention, str]:
+    """What `choose` resolves to, and why; of the mesh only shape and devices matter."""
     backend, context = config.attention.backend, config.attention.context
     split, names = _split(config, mesh), ("xla", "chunked")
     if split and context != "all_to_all" and backend in ("auto", *names):
         why = f"{split} split the sequence, by attention.context={context}"
-        logging.getLogger("jaxlm").info("attention: %s (%s)", context, why)
-        return dataclasses.replace(config.attention, backend=context)
+        return dataclasses.replace(config.attention, backend=context), why
     if backend == "auto":
         backend, why = _auto(config, mesh)
     else:
@@ -61,8 +67,7 @@ def choose(config: cfg.Config, mesh: Mesh) -> cfg.Attention:
             )
     if split:
         why += f"; {split} split the sequence, by attention.context={context}"
-    logging.getLogger("jaxlm").info("attention: %s (%s)", backend, why)
-    return dataclasses.replace(config.attention, backend=backend)
+    return dataclasses.replace(config.attention, backend=backend), why
 
 
 def obstacle(backend: str, config: cfg.Config, mesh: Mesh) -> str:

@@ -1,6 +1,7 @@
 """Compile the train step for a target and read the program: `python -m jaxlm.plan.compiled`.
 
-It runs in a process of its own, so that a compiler that crashes or hangs is a message.
+It runs in a process of its own, so that a compiler that crashes or hangs is a message: `measure`
+starts that process, and keeps what it found.
 """
 
 from __future__ import annotations
@@ -8,20 +9,34 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm import config as cfg
 from jaxlm import configfile
-from jaxlm.plan import hlo
-from jaxlm.plan.account import collectives, summarize
-from jaxlm.plan.target import parse_target
+from jaxlm.plan import cache, cost, executables, hlo
+from jaxlm.plan.account import account, collectives, summarize
+from jaxlm.plan.liveness import largest, split_memory
+from jaxlm.plan.target import Target, parse_target
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import abstract_state
 from jaxlm.train import Program, make_program
+
+LARGEST = 12  # buffers that are named
+GPU_OPTIONS = {"xla_gpu_collect_cost_model_stats": True}  # its estimates, into the program's text
+SURFACED = "nvoluntary full rematerialization"  # a reshard that XLA cannot do without a full copy
+
+
+class CompileError(cfg.UserError):
+    """A program that could not be compiled: the compiler crashed, refused it or took too long."""
 
 
 def trace_train_step(config: cfg.Config, program: Program) -> jax.stages.Traced:
@@ -39,25 +54,101 @@ def trace_train_step(config: cfg.Config, program: Program) -> jax.stages.Traced:
         return program.train_step.trace(state, batch)
 
 
-def report(config: cfg.Config, target: str) -> dict:
-    """Compile for a target: memory, collectives (bytes: results; once, and in a step), backend."""
-    program = make_program(config, parse_target(target).devices())
+def report(config: cfg.Config, name: str) -> dict[str, Any]:
+    """Compile for a target: its cost, what it holds, and the times that tracing and compiling took.
+
+    Bytes of collectives are results; once, and in a step.
+    """
+    target = parse_target(name)
+    program = make_program(config, target.devices())
     start = time.monotonic()
     lowered = trace_train_step(config, program).lower()
     traced = time.monotonic()
-    compiled = lowered.compile()
+    compiled = lowered.compile(GPU_OPTIONS if target.platform == "gpu" else None)
+    done = time.monotonic()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
+    unkept = executables.save(config, target, compiled)
+    module = hlo.parse(text)
+    found, buffers = read_cost(config, program, target, memory, module)
     return {
-        "target": target,
+        "target": name,
         "devices": program.mesh.size,
         "attention": program.layout.attention.backend,
         "trace_seconds": round(traced - start, 1),
-        "compile_seconds": round(time.monotonic() - traced, 1),
+        "compile_seconds": round(done - traced, 1),
         "peak_bytes": memory.peak_memory_in_bytes,
         "state_and_batch_bytes": memory.argument_size_in_bytes,
-        "collectives": summarize(collectives(hlo.parse(text)), program.layout),
+        "collectives": summarize(collectives(module), program.layout),
+        "cost": cost.to_json(found),
+        "warnings": [unkept] if unkept else [],
+        "largest": buffers,
     }
+
+
+def read_cost(
+    config: cfg.Config, program: Program, target: Target, memory: Any, module: hlo.Module
+) -> tuple[cost.Cost, list[dict[str, Any]]]:
+    """The Cost of a compiled program, and the largest buffers at its peak."""
+    layout, structure = program.layout, program.structure
+    counted = account(module, layout, target, config.mesh.dcn)
+    split = split_memory(module, memory, layout, structure, config)
+    taken = cost.Cost(
+        memory=split.classes, flops=counted.flops, kernel_flops=counted.kernel_flops,
+        traffic=counted.traffic, hbm_bytes=counted.hbm_bytes, host_bytes=counted.host_bytes,
+        compute_seconds=counted.compute_seconds, notes=counted.notes,
+    )  # fmt: skip
+    return taken, [buffer._asdict() for buffer in largest(split, LARGEST)]
+
+
+def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
+    """`report` by a process of its own, kept in the cache ("cached": it came from there).
+
+    CompileError names a crash or a time-out.
+    """
+    config = cache.settled(config, target)
+    name = cache.key(config, "compiled", target=target.text)
+    kept = cache.read(config, name)
+    if kept is not None and "cost" in kept:
+        return kept | {"cached": True}
+    with tempfile.TemporaryDirectory(prefix="jaxlm-plan-") as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(configfile.dump(config))
+        done = _run_worker(path, target, config.plan.timeout)
+    if done.returncode:
+        raise CompileError(f"target={target.text}: {_last_words(done)}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    found["warnings"] += [line for line in done.stderr.splitlines() if SURFACED in line]
+    cache.write(config, name, found)
+    return found | {"cached": False}
+
+
+def _run_worker(path: Path, target: Target, timeout: float) -> subprocess.CompletedProcess:
+    root = Path(__file__).parent.parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *_python_path()])}
+    environment["XLA_FLAGS"] = cache.flags()
+    command = [sys.executable, "-m", "jaxlm.plan.compiled", str(path), "--target", target.text]
+    try:
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(
+            f"target={target.text}: compiling took longer than plan.timeout={timeout:g} s"
+        ) from error
+
+
+def _python_path() -> list[str]:
+    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+
+
+def _last_words(done: subprocess.CompletedProcess) -> str:
+    """Why the worker failed, from the end of its standard error, in a line."""
+    if done.returncode < 0:
+        return f"the compiler crashed (signal {-done.returncode})"
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+    own = [line for line in lines if line.startswith("jaxlm: ")]
+    return own[-1].removeprefix("jaxlm: ") if own else f"compiling failed: {lines[-1][:400]}"
 
 
 def main(argv: list[str] | None = None) -> int:

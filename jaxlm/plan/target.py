@@ -76,6 +76,12 @@ class AbsentDevice:
     coords: tuple[int, ...] = ()
     core_on_chip: int = 0
 
+    @property
+    def compute_capability(self) -> str:
+        """Of an NVIDIA GPU, as jax reports it; "0" of other devices."""
+        found = [gpu.capability for gpu in GPUS.values() if gpu.name == self.device_kind]
+        return ".".join(map(str, found[0])) if found else "0"
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -170,6 +176,28 @@ def parse_target(text: str) -> Target:
         f"v5p:4x4x4, several as 2*v5p:4x4x4, hosts x GPUs ({', '.join(GPUS)}) as h100:4x8, "
         "simulated devices as cpu:8, or local"
     )
+
+
+def local_target(devices: list) -> Target:
+    """The target that these devices are; UserError where their kind is not known."""
+    kind, count = devices[0].device_kind, len(devices)
+    if devices[0].platform == "cpu":
+        return parse_target(f"cpu:{count}")
+    gpus = [name for name, gpu in GPUS.items() if gpu.name == kind]
+    if gpus:
+        hosts = len({device.process_index for device in devices})
+        return parse_target(f"{gpus[0]}:{hosts}x{count // hosts}")
+    tpus = [name for name, other in TPUS.items() if other == kind]
+    if not tpus:
+        raise cfg.UserError(
+            f"target=local: there is no description of {kind!r} here; known: "
+            f"{', '.join([*TPUS, *GPUS])}, cpu"
+        )
+    rank = device_facts.find_kind(kind).torus
+    sides = [len(set(values)) for values in zip(*(d.coords for d in devices), strict=True)]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = "x".join(map(str, sides[:rank]))
+    return parse_target(f"{slices}*{tpus[0]}:{shape}" if slices > 1 else f"{tpus[0]}:{shape}")
 
 
 def _tpu_target(text: str, name: str, sizes: tuple[int, ...], slices: int) -> Target:
