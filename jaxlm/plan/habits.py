@@ -23,6 +23,9 @@ class Habits:
     """
 
     logits: float = 1  # while a chunk of the head runs
+    loss_logits: float = (
+        0  # before there are gradients: a chunk's, two masks of it and their choice
+    )
     scores: float = 2  # while a layer runs: two of scores, weights and their gradients
     score_bytes: int = 0  # kept of a score beside its weight in float32; 0: the compute type's
     mlp: float = 2  # [n, F] while a layer runs
@@ -53,7 +56,7 @@ HABITS = {
         turn_stays=True, zeros_twice=1, lanes=128, fast=128 * 2**20,
     ),
     "gpu": Habits(
-        logits=2, rows=(4, 0), masked=(2, 1), score_bytes=WIDE, wide_head=True,
+        logits=2, loss_logits=3.25, rows=(4, 0), masked=(2, 1), score_bytes=WIDE, wide_head=True,
         wide_head_stays=True, zeros_twice=0.5,
     ),
     "cpu": Habits(

@@ -255,9 +255,15 @@ def _turn(run: Run, looped: bool, ticks: bool) -> dict[str, Sizes]:
         "gradients": head_sum + _layer_gradients(run) + tables * sums,
         "workspace": early * looped,
     }
+    chunked = run.config.loss.chunks > 1  # else the masks are not made before their use
+    losses: Sizes = {
+        "logits": habits.loss_logits * _logits(run) * chunked,
+        "workspace": _gathered(run, run.head) + run.c * run.n * run.config.model.embed_dim,
+    }
     stays = saved if ticks or (looped and habits.turn_stays) else {}
     return {
         "forward": _sum(saved, held, masks, _layer(run, ticks, forward=True)),
+        "losses": _sum(saved, losses),
         "head": _sum(saved, masks, _head(run)),
         "backward": _sum(saved, held, _layer(run, ticks)),
         "embedding": _sum(stays, last),
