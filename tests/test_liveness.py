@@ -222,7 +222,8 @@ def test_split_on_devices_that_are_not_here(target):
     ]
     for overrides, found in zip(programs, run(target, *programs), strict=True):
         config = configfile.load(CONFIG, overrides)
-        check(config, target, found["classes"], padded=0.1)
+        padded = 0.5 if target == "v5e:2x4" else 0.0  # few heads and 64 wide: half a tile is empty
+        check(config, target, found["classes"], padded)
         assert found["code"] > 0 or target != "v5e:2x4"
         names = {one["name"] for one in found["largest"]}
         assert names & {"embed", "mlp", "attention"}, found["largest"]
