@@ -215,13 +215,15 @@ def run(target: str, *programs: list[str]) -> list[dict]:
     [pytest.param("v5e:2x4", marks=needs_tpu), pytest.param("h100:1x8", marks=needs_cuda)],
 )
 def test_split_on_devices_that_are_not_here(target):
+    large = [*MODEL, "batch.sequences=64", NONE]  # more than fits into a TPU's VMEM
     programs = [
-        [*MODEL, "mesh.fsdp=4", "mesh.tensor=2", NONE],
-        [*MODEL, "mesh.stage=2", "mesh.fsdp=4", "batch.microbatches=4", FULL],
+        [*large, "mesh.fsdp=4", "mesh.tensor=2"],
+        [*large, "mesh.stage=2", "mesh.fsdp=4", "batch.microbatches=4"],
     ]
     for overrides, found in zip(programs, run(target, *programs), strict=True):
         config = configfile.load(CONFIG, overrides)
-        check(config, target, found["classes"], padded=0.1)
+        padded = 0.5 if target == "v5e:2x4" else 0.0  # few heads and 64 wide: half a tile is empty
+        check(config, target, found["classes"], padded)
         assert found["code"] > 0 or target != "v5e:2x4"
         names = {one["name"] for one in found["largest"]}
         assert names & {"embed", "mlp", "attention"}, found["largest"]

@@ -66,13 +66,14 @@ class Shapes(NamedTuple):
 def compiler_peak(memory: Any) -> tuple[float, bool]:
     """Peak bytes by `compiled.memory_analysis()`, and whether they are those of one packed block.
 
-    The peak of TPU and GPU is of what is live. CPU's leaves temporaries out, and allocates them as
-    one block: that is its peak.
+    The peak of TPU and GPU is of what is live. libtpu's is that of the memory that is filled most:
+    of a small program VMEM, which says nothing; its block is taken there. CPU's leaves temporaries
+    out, and allocates them as one block: that is its peak.
     """
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak, temporary = memory.peak_memory_in_bytes, memory.temp_size_in_bytes
     if peak - whole > temporary / 100:
-        return float(peak), False
+        return float(min(peak, whole + temporary)), False
     return float(whole + temporary), True
 
 
