@@ -53,15 +53,18 @@ class Pair(NamedTuple):
         return self.guess.seconds / self.found.seconds
 
 
-def choose(config: cfg.Config, target: Target, count: int) -> list[search.Candidate]:
-    """The best by formulas, and a sample that does not depend on formulas."""
+def choose(
+    config: cfg.Config, target: Target, count: int, kept: set[str]
+) -> list[search.Candidate]:
+    """What was compiled before, the best by formulas, and a sample that does not depend on them."""
     structure = estimate.structure_of(config)
     estimator = estimate.make_estimator(config, target)
     found = search.analytic_search(config, target, structure, estimator).ranked
     every = sorted(found, key=name)
     sample = random.Random(SEED).sample(every, min(count, len(every)))
     best = [one for one in search.distinct(found) if one.fits][:BEST]
-    return list({name(one): one for one in [*best, *sample]}.values())
+    before = [one for one in found if name(one) in kept]
+    return list({name(one): one for one in [*before, *best, *sample]}.values())
 
 
 def name(candidate: search.Candidate) -> str:
@@ -106,7 +109,8 @@ def compare(case: str, path: Path, count: int, compiles: bool) -> list[Pair]:
     config = configfile.load(CONFIGS / f"{source}.yaml", overrides)
     structure, device = estimate.structure_of(config), estimate.one_device(target)
     known, pairs = roofline.EFFICIENCIES[target.platform], []
-    chosen = choose(config, target, count)
+    kept = {candidate for where, candidate in load(path) if where == case}
+    chosen = choose(config, target, count, kept)
     for one, found in measure(case, chosen, target, path, compiles):
         layout = estimate.layout_of(one.config, one.sizes, device)
         guess = analytic.analyze(one.config, layout, structure, target)
