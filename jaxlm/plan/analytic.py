@@ -137,8 +137,8 @@ def _flops(step: _Step) -> tuple[dict[str, float], float]:
         add("mlp", each * ups * D * F, step.again("mlp"))
         add("mlp", each * D * F, 0)
     rows = cfg.padded_vocab(m) / layout.size("vocab")
-    chunked = step.config.loss.chunks > 1
-    add("head", 2.0 * step.tokens * D * rows, chunked)
+    # loss.py puts every chunk under remat, also where there is one.
+    add("head", 2.0 * step.tokens * D * rows, 1)
     if step.config.optimizer.name == "muon":
         total["optimizer/forward"] = _muon(step)
     return total, kernels
@@ -446,7 +446,11 @@ def _hbm_bytes(step: _Step) -> float:
         )
         shown = visited(layout, m, config.batch.sequence_length)
         scores = 4 * m.num_heads / layout.size("heads") * length * shown * WIDE / step.width
-    layer = step.tokens * L * step.width * (activations + scores) * (2 + 1 + again)
+    # The passes of _flops: pipelines run forward once more, chunks and pieces make scores again.
+    passes = 2 + step.repeat("layer") + again
+    remade = layout.attention.backend in ("chunked", "ring", "all_gather")
+    scores *= 2 + step.repeat("attention") + step.again("attention") + remade
+    layer = step.tokens * L * step.width * (activations * passes + scores)
     rows = cfg.padded_vocab(m) / layout.size("vocab")
     head = step.tokens * rows * (3 * WIDE + 3 * step.width)
     return optimizer + weights + layer + head
