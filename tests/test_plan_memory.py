@@ -114,6 +114,44 @@ def test_gradients_hold_what_the_layers_stack_and_the_head_sums(target):
     assert found["update"]["gradients"] == 4 * (table / 4 + layers / 4 + norms + constants)
 
 
+def found(config, target: str) -> dict[str, dict[str, float]]:
+    return analytic.phases(config, *setting(config, target)[1:])
+
+
+def test_scores_are_held_whole_or_a_chunk_at_a_time():
+    whole = found(load("fsdp", "attention.backend=xla"), "h100:1x8")
+    part = found(load("fsdp", "attention.backend=chunked", "attention.chunk=32"), "h100:1x8")
+    scores = 4 * 2 * 4 * 128 * 128  # float32 of two rows and four heads
+    assert whole["head"]["workspace"] == part["head"]["workspace"]
+    assert whole["backward"]["workspace"] - part["backward"]["workspace"] == 2 * scores * (
+        1 - 1 / 4
+    )
+    kept = "saved/residuals"  # the softmax and its cast; of chunks only the logs of the sums
+    assert whole["backward"][kept] - part["backward"][kept] == 4 * (2 * scores - 4 * 2 * 128 * 4)
+
+
+def test_a_pipeline_keeps_the_inputs_of_its_slots():
+    stream, slots, layers = 4 * 128 * 128, 2 * (2 - 1) + 1, 2  # of one row; of a stage
+    sizes = found(load("pipeline", "remat.policy=full"), "h100:1x8")["backward"]
+    assert sizes["saved/block input"] == stream * (slots + 1.5 * layers)  # habits.py: zeros_twice
+
+
+def test_weights_of_a_step_are_there_in_every_phase():
+    config = load("zero2", "remat.policy=full", "precision.compute=bfloat16")
+    weights = 8192 * 128 + 4 * (128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 352) + 128 * 9
+    sizes = found(config, "h100:1x8")["update"]
+    assert sizes["workspace"] == 2 * weights
+    at_rest = (weights - 128 * 9) / 8 + 128 * 9
+    assert sizes["gradients"] == 4 * (weights + at_rest)  # sums of microbatches, and reduced
+
+
+def test_sums_over_devices_are_not_in_place_on_cpu():
+    layers = 4 * (128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 352) + 128 * 8
+    sizes = found(load("data"), "cpu:8")
+    assert sizes["reduction"]["gradients"] == 2 * 4 * (8192 * 128 + layers + 128)
+    assert "reduction" not in found(load("data"), "h100:1x8")
+
+
 MODEL = [
     "model.embed_dim=256", "model.head_dim=64", "model.mlp_dim=704", "precision.compute=bfloat16",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from jaxlm import config as cfg
 from jaxlm.plan import replay
 from jaxlm.plan.cost import MEMORY, PARTS
 from jaxlm.plan.hlo import Module, Shape
+from jaxlm.plan.packing import packed_bytes
 from jaxlm.plan.replay import Value
 from jaxlm.sharding import Layout, partitions
 from jaxlm.state import Structure
@@ -24,6 +25,7 @@ ARGUMENTS = {
     "state.params": "parameters", "state.fixed": "parameters", "state.opt": "optimizer",
     "state.step": "optimizer", "batch": "batch",
 }  # fmt: skip
+PACKING = "fragmentation"  # gaps between the temporaries, where the peak is that of their block
 UNEXPLAINED = "unexplained"
 
 
@@ -61,14 +63,17 @@ class Shapes(NamedTuple):
     stream: tuple[int, ...]  # the residual stream of a microbatch
 
 
-def compiler_peak(memory: Any) -> float:
-    """Peak bytes by `compiled.memory_analysis()`.
+def compiler_peak(memory: Any) -> tuple[float, bool]:
+    """Peak bytes by `compiled.memory_analysis()`, and whether they are those of one packed block.
 
-    CPU's plugin leaves temporaries out of its peak; it allocates them as one block.
+    The peak of TPU and GPU is of what is live. CPU's leaves temporaries out, and allocates them as
+    one block: that is its peak.
     """
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak, temporary = memory.peak_memory_in_bytes, memory.temp_size_in_bytes
-    return float(peak if peak - whole >= temporary / 2 else whole + temporary)
+    if peak - whole > temporary / 100:
+        return float(peak), False
+    return float(whole + temporary), True
 
 
 def split_memory(
@@ -84,9 +89,11 @@ def split_memory(
     classes: dict[str, float] = {}
     for one in buffers:
         classes[one.kind] = classes.get(one.kind, 0.0) + one.bytes
-    peak = compiler_peak(memory)
+    peak, packed = compiler_peak(memory)
+    if packed:
+        classes[PACKING] = lost_to_packing(liveness)
     classes[UNEXPLAINED] = peak - sum(classes.values())
-    order = [*MEMORY, UNEXPLAINED]
+    order = [*MEMORY, PACKING, UNEXPLAINED]
     rank = lambda kind: (order.index(kind.split("/")[0]), kind)
     code = float(memory.generated_code_size_in_bytes)
     reserved = (
@@ -97,6 +104,14 @@ def split_memory(
         {kind: classes[kind] for kind in sorted(classes, key=rank)},
         tuple(sorted(buffers, key=lambda one: -one.bytes)), code, reserved,
     )  # fmt: skip
+
+
+def lost_to_packing(liveness: replay.Liveness) -> float:
+    """Bytes of the block of temporaries that nothing live takes at the peak."""
+    arguments = {value.buffer for value in liveness.values if value.argument}
+    temporaries = [value for value in liveness.values if value.buffer not in arguments]
+    held = sum(value.bytes for value in liveness.values if value.argument)
+    return packed_bytes(temporaries) - (float(liveness.bytes.max()) - held)
 
 
 def largest(split: Split, count: int) -> list[Buffer]:
@@ -154,7 +169,10 @@ def describe(
     maker = next((value for value in writers if _part(value.scope)), (writers or [first])[0])
     readers = liveness.readers.get(first.buffer, set())
     weight = shapes.weights.get(_key(first.shape.dims), "")
-    kind = _kind(first.shape, writers, readers, weight, shapes, _part(maker.scope))
+    kind = _kind(writers, readers, weight, _part(maker.scope))
+    head = any(_in_head(value.instruction.op_name) for value in members)
+    if head and not weight and shapes.vocab in first.shape.dims:
+        kind = "logits"
     if kind.startswith("saved/") and _carried(liveness, members) and _is_stream(first, shapes):
         kind = "saved/block input"
     name = weight or _part(maker.scope) or "other"
@@ -182,14 +200,10 @@ def _argument(op_name: str) -> tuple[str, str]:
     return place, f"{moment[1]} {name}" if moment and place == "state.opt" else name
 
 
-def _kind(
-    shape: Shape, writers: list[Value], readers: set[str], weight: str, shapes: Shapes, part: str
-) -> str:
-    """The class of a temporary."""
+def _kind(writers: list[Value], readers: set[str], weight: str, part: str) -> str:
+    """The class of a temporary; `weight`: the parameter whose shape it has, `part`: its maker."""
     scopes = [value.scope for value in writers]
     forward = any(map(_in_forward, scopes))
-    if not weight and shapes.vocab in shape.dims and any(map(_in_head, scopes)):
-        return "logits"
     used = any(map(_in_forward, readers)) or any(
         value.origin.opcode.startswith("all-gather") or value.scope.startswith("state.")
         for value in writers
@@ -211,8 +225,12 @@ def _in_head(scope: str) -> bool:
 
 def _carried(liveness: replay.Liveness, members: list[Value]) -> bool:
     """Whether a buffer collects what a loop carries from one layer to the next."""
-    sources = (liveness.values[value.source] for value in members if value.source >= 0)
-    return any(source.instruction.opcode == "parameter" for source in sources)
+    for value in members:
+        while value.source >= 0:
+            value = liveness.values[value.source]
+            if value.instruction.opcode == "parameter" and not value.argument:
+                return True
+    return False
 
 
 def _is_stream(value: Value, shapes: Shapes) -> bool:
@@ -229,7 +247,7 @@ def _without(key: tuple[int, ...], number: int) -> tuple[int, ...]:
 
 def _part(scope: str) -> str:
     """The innermost part of the model that a scope names; empty: none."""
-    known = (*PARTS, "embedding")
+    known = {*PARTS, "embedding"} - {"optimizer", "other"}
     found = [word for word in re.split(r"[/()]", scope) if word in known]
     return found[-1] if found else ""
 

@@ -4,7 +4,7 @@ A step is a handful of phases (the head, a layer's backward pass, the embedding'
 update), each of which holds what was made before it and is needed after it. The largest is the
 peak. What a phase holds follows from the source of the step; what a compiler adds to that (casts
 before a loop, constants of masks, dense products of experts) was read off the programs that it
-makes, buffer by buffer, and stands in HABITS.
+makes, buffer by buffer, and stands in habits.py.
 
 Letters: n tokens of a microbatch, m those of the residual stream (tensor may split its sequence),
 D embed, H query heads, K kv heads, C head_dim, F mlp, V vocabulary, E experts, R rows of a buffer
@@ -20,58 +20,12 @@ from jaxlm import config as cfg
 from jaxlm.models import moe
 from jaxlm.optim import MIN_FACTORED, MUON, is_matrix, sides
 from jaxlm.parallel.pipeline import Schedule
+from jaxlm.plan.habits import WIDE, Habits, find_habits
 from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure, trained
 
-WIDE = 4  # bytes of float32: of state, sums, norms and softmax
 Sizes = dict[str, float]  # class of cost.MEMORY -> bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Habits:
-    """What a compiler holds beyond what the step names.
-
-    Numbers count arrays: scores [n, H, S], logits [n / chunks, V] and a table [V, D] are float32,
-    [n, F], [n, D], [R, F] and [R, D] of the compute type.
-    """
-
-    logits: float = 1  # while a chunk of the head runs
-    scores: float = 2  # while a layer runs: two of scores, weights and their gradients
-    saved_scores: float = 2  # of policy none: the softmax, and what of it meets the values
-    mlp: float = 2  # [n, F] while a layer runs
-    stream: float = 6  # [n, D] while a layer runs: norms, projections and their gradients
-    rows: tuple[float, float] = (0, 0)  # [R, F] and [R, D] while experts run, and are recomputed
-    rows_always: bool = False  # or were kept: the kernels take copies
-    masked: tuple[float, float] = (0, 0)  # and for each expert here: products are dense and masked
-    masked_bytes: int = 0  # of an element of those; 0: of the compute type
-    operand_bytes: int = 4  # at most, of an operand of a product that the backward pass reads
-    cast_all: bool = False  # split weights are cast to the compute type for all layers at once
-    wide_head: bool = False  # the head in use is widened before its chunks, not in each
-    wide_head_stays: bool = False  # and held while layers run
-    head_product: bool = False  # a chunk's gradient of the head is written before it is added
-    turn_stays: bool = False  # what a microbatch saved is held until its gradients are added
-    zeros_twice: float = 0  # part of what a tick saves whose first zeros are constants beside it
-    tables_early: bool = False  # tables are gathered, and zeros for their gradients made, at once
-    idle_logits: float = 0  # masks of the head, from the start to its end
-    idle_scores: float = 0  # masks of attention, likewise
-    lanes: int = 1  # head_dim is padded to a multiple, at rest and where the kernel reads it
-    fast: float = 0  # bytes of on-chip memory, which takes temporaries first
-
-
-HABITS = {
-    "tpu": Habits(
-        mlp=4, rows=(4, 6), rows_always=True, operand_bytes=2, cast_all=True, turn_stays=True,
-        zeros_twice=1, lanes=128, fast=128 * 2**20,
-    ),
-    "gpu": Habits(
-        logits=2, rows=(4, 0), masked=(2, 1), wide_head=True, wide_head_stays=True, zeros_twice=0.5,
-    ),
-    "cpu": Habits(
-        mlp=0, stream=4, rows=(7, 0), masked=(2, 2), masked_bytes=WIDE, wide_head=True,
-        head_product=True, zeros_twice=1, tables_early=True, idle_logits=2, idle_scores=1.25,
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +38,7 @@ class Weight:
     padding: float  # elements in memory at rest, for each that there is
     layers: int  # 0: it belongs to no layer
     trained: bool
+    waits: bool  # its gradient is summed over some axes once, at the end of the step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +94,7 @@ def phases(
     config: cfg.Config, layout: Layout, structure: Structure, target: Target
 ) -> dict[str, Sizes]:
     """What every phase of the step holds."""
-    run = _run(config, layout, structure, HABITS[target.platform])
+    run = _run(config, layout, structure, find_habits(target))
     make = _pipeline if layout.size("layers") > 1 else _microbatches
     state = _state(run, structure)
     return {name: state | _off_chip(run, sizes) for name, sizes in make(run).items()}
@@ -158,8 +113,8 @@ def _run(config: cfg.Config, layout: Layout, structure: Structure, habits: Habit
     return Run(
         config, layout, habits,
         tuple(
-            _weight(name, structure.shapes[name], dims, layout, habits.lanes, name in chosen)
-            for name, dims in structure.dims.items()
+            _weight(name, structure, layout, habits.lanes, name in chosen)
+            for name in structure.dims
         ),
         n=tokens / layout.size("seq"), m=tokens / layout.size("residual_seq"),
         c=2 if layout.compute == "bfloat16" else 4,
@@ -167,13 +122,21 @@ def _run(config: cfg.Config, layout: Layout, structure: Structure, habits: Habit
     )  # fmt: skip
 
 
-def _weight(name: str, shape, dims: str, layout: Layout, lanes: int, is_trained: bool) -> Weight:
-    sizes, total = dict(layout.axes), math.prod(shape)
-    ways = math.prod(sizes[axis] for axis in layout.stored_axes(dims))
+def _weight(
+    name: str, structure: Structure, layout: Layout, lanes: int, is_trained: bool
+) -> Weight:
+    shape, dims, sizes = structure.shapes[name], structure.dims[name], dict(layout.axes)
+    rest, total = layout.stored_axes(dims), math.prod(shape)
     padding = _up(shape[-1], lanes) / shape[-1] if dims.endswith(" head_dim") else 1
-    layers = shape[0] if dims.startswith("layers ") else 0
-    used = total // math.prod(layout.size(dim) for dim in dims.split())
-    return Weight(name, total // ways, used, padding, layers, is_trained)
+    return Weight(
+        name,
+        stored=total // math.prod(sizes[axis] for axis in rest),
+        used=total // math.prod(layout.size(dim) for dim in dims.split()),
+        padding=padding,
+        layers=shape[0] if dims.startswith("layers ") else 0,
+        trained=is_trained,
+        waits=bool(layout.summed(structure.over[name], layout.spec(dims)) - rest),
+    )
 
 
 def _up(size: int, multiple: int) -> int:
@@ -232,6 +195,8 @@ def _microbatches(run: Run) -> dict[str, Sizes]:
     elif run.habits.cast_all and run.c < WIDE:
         carried["workspace"] = run.c * sum(w.stored for w in run.stacked)
     found = _turn(run, many, False) | {"update": {"gradients": run.gradients, "workspace": 0.0}}
+    if run.habits.reduces_aside:
+        found["reduction"] = _reduction(run, many)
     return {name: _sum(carried, _idle(run), sizes) for name, sizes in found.items()}
 
 
@@ -250,6 +215,16 @@ def _pipeline(run: Run) -> dict[str, Sizes]:
     if schedule.repeats > 1:  # weights that moved to their stages
         carried["workspace"] += WIDE * sum(w.stored for w in run.stacked)
     return {n: _sum(carried, _idle(run), sizes) for n, sizes in _turn(run, True, True).items()}
+
+
+def _reduction(run: Run, many: bool) -> Sizes:
+    """Gradients that wait, and their sums over devices; tables are whole where it is just done."""
+    size = lambda w: WIDE * (w.stored if run.per_layer else w.used)
+    sums = sum(size(w) for w in (run.weights if many else run.stacked) if w.trained and w.waits)
+    if many:  # the loop has reduced the rest, and carries all
+        return {"gradients": sums, "workspace": 0.0}
+    tables = WIDE * sum(w.used for w in run.weights if w.trained and not w.layers)
+    return {"gradients": _layer_gradients(run) + sums + 2 * tables, "workspace": 0.0}
 
 
 def _idle(run: Run) -> Sizes:
@@ -338,13 +313,15 @@ def _layer(run: Run, mapped: bool, forward: bool = False) -> Sizes:
     """
     habits, model = run.habits, run.config.model
     weights = run.c * sum(w.used / w.layers for w in run.stacked) * run.per_layer
-    largest = max(w.used / w.layers for w in run.stacked)  # two gradients before their reduction
+    sparse = isinstance(model, moe.Config)
+    # Two gradients before their reduction; grouped products give them in the compute type.
+    gradients = 2 * (run.c if sparse else WIDE) * max(w.used / w.layers for w in run.stacked)
     work = (habits.scores + mapped) * _scores(run) + run.c * run.n * habits.stream * model.embed_dim
     if isinstance(model, moe.Config):
         work += _experts(run, model) * (0.5 if forward else 1)  # the backward pass has twice both
     else:
         work += run.c * run.n * habits.mlp * model.mlp_dim / run.layout.size("mlp")
-    return {"workspace": work + weights + 2 * WIDE * largest}
+    return {"workspace": work + weights + gradients}
 
 
 def _scores(run: Run) -> float:
@@ -378,7 +355,8 @@ def _experts(run: Run, model: moe.Config) -> float:
     many = held * (model.dispatch == "dropless")
     masked = many * (habits.masked[0] * F + habits.masked[1] * D)
     again = habits.rows_always or run.config.remat.policy != "none"
-    rows = (habits.rows[0] * F + habits.rows[1] * D) * again
+    exchanged = habits.exchanged * bool(run.layout.dim_axes("experts"))
+    rows = (habits.rows[0] * F + (habits.rows[1] + exchanged) * D) * again
     return _rows(run, model) * ((habits.masked_bytes or run.c) * masked + run.c * rows)
 
 
@@ -417,9 +395,8 @@ def _activations(run: Run) -> list[tuple[str, float, bool]]:
     if backend == "splash":
         found.append(("attention", c * n * H * C, False))
     if backend == "xla":
-        found.append(
-            ("scores", _scores(run) * (1 + (1 if run.habits.wide_head_stays else c / WIDE)), False)
-        )
+        kept = 1 + (run.habits.score_bytes or c) / WIDE
+        found.append(("scores", _scores(run) * kept, False))
     else:
         found.append(("attention", WIDE * n * H, False))  # logs of the sums
     if model.qk_norm:

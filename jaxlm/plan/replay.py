@@ -42,7 +42,9 @@ class Value:
     end: int
     buffer: int  # where it lies: all values of a buffer share its bytes
     origin: Instruction  # what computed it, seen through copies, fusions and updates of slices
-    source: int  # the value that it is a copy of, or takes an update from; -1: none
+    source: int = -1  # the value that it is a copy of, or takes an update from
+    chunk: int = -1  # its place in memory: what overwrites a buffer has its place too
+    first: int = 0  # `start`, before it was known to overwrite an operand
     argument: bool = False  # of the program: it is there from the start to the end
 
     @property
@@ -83,10 +85,10 @@ def simulate(module: Module) -> Liveness:
     readers: dict[int, set[str]] = {}
     for value, scopes in walk.readers.items():
         readers.setdefault(walk.values[value].buffer, set()).update(scopes)
-    for value in reversed(walk.values):  # who reads a copy reads what it was made from
-        if value.source >= 0:
-            source = walk.values[value.source].buffer
-            readers.setdefault(source, set()).update(readers.get(value.buffer, ()))
+    for old, new in reversed(walk.unnamed):  # who reads a copy reads what it was made from
+        source, copy = walk.values[old].buffer, walk.values[new].buffer
+        if source != copy:
+            readers.setdefault(source, set()).update(readers.get(copy, ()))
     return Liveness(module, walk.values, _timeline(walk.values, walk.clock), readers)
 
 
@@ -118,6 +120,7 @@ class _Walk:
         self.place: dict[str, tuple[int, ...]] = {}
         self.parents: list[int] = []  # of a value, towards that which names its buffer
         self.readers: dict[int, list[str]] = {}  # of a value, the op_names of what uses it
+        self.unnamed: list[tuple[int, int]] = []  # operands and results that no scope names
         self.overwrites: list[tuple[int, int]] = []  # a result, an operand that it may overwrite
 
     def run(self) -> None:
@@ -129,11 +132,14 @@ class _Walk:
                 value.start, value.end = 0, self.clock
         self._use(results, self.clock)
         self._alias_outputs(results)
+        for i, value in enumerate(self.values):
+            value.buffer, value.first = self._find(i), value.start
         for one, other in self.overwrites:
             if self.values[other].end == self.values[one].start:
                 self.values[one].start += 1
+                self._join(one, other)
         for i, value in enumerate(self.values):
-            value.buffer = self._find(i)
+            value.chunk = self._find(i)
 
     def _alias_outputs(self, results: tuple[int, ...]) -> None:
         arguments = {
@@ -170,7 +176,10 @@ class _Walk:
         if each.opcode not in FREE:  # others are names, not uses
             for operand in operands:
                 self._use(operand, self.clock, each.op_name)
-        return self._result(computation, each, operands)
+        made = self._result(computation, each, operands)
+        if "/" not in each.op_name and each.opcode not in FREE:
+            self.unnamed += [(old, new) for group in operands for old in group for new in made]
+        return made
 
     def _while(self, computation, each, carried) -> tuple[int, ...]:
         before = self._new(computation, each, range(len(each.shapes)))
@@ -258,22 +267,11 @@ class _Walk:
     def _new(self, computation, each, leaves, shapes=None) -> tuple[int, ...]:
         shapes = tuple(each.shapes[i] for i in leaves) if shapes is None else shapes
         first = len(self.values)
-        for i, shape in enumerate(shapes):
+        for shape in shapes:
             counts = shape.space == DEVICE and each.opcode not in FREE
             size = int(shape.padded_bytes) if counts else 0
-            self.values.append(
-                Value(
-                    each,
-                    computation,
-                    shape,
-                    size,
-                    self.clock,
-                    self.clock,
-                    len(self.values),
-                    each,
-                    -1,
-                )  # fmt: skip
-            )
+            now, number = self.clock, len(self.values)
+            self.values.append(Value(each, computation, shape, size, now, now, number, each))
             self.parents.append(len(self.parents))
         return tuple(range(first, len(self.values)))
 
