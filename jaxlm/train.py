@@ -174,6 +174,7 @@ def train(config: cfg.Config) -> None:
     training = data.open_split(config.data.path, "train")
     data.check_vocab(training, config.model.vocab_size)
     run_dir = cfg.run_dir(config)
+    prediction = predict(config, mesh, structure)
     facts = functools.partial(load.data_state, split=training, batch=config.batch, seed=config.seed)
     for key, before, now in checkpoint.refuse_other_run(run_dir, config, facts(0)):
         logger.info("changed since the last start: %s=%s, was %s", key, now, before)
@@ -201,7 +202,6 @@ def train(config: cfg.Config) -> None:
                 logger.warning("warning: %s", line)
             if config.optimizer.warmup_steps >= config.steps:
                 logger.info("the run ends within its warm-up (optimizer.warmup_steps)")
-            prediction = predict(config, mesh, structure)
             previous = None
             for step in range(start, config.steps):
                 state, values = train_step(state, next(batches))

@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 _cache = tempfile.TemporaryDirectory(prefix="jaxlm-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["XDG_CACHE_HOME"] = _cache.name  # of the planner
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 

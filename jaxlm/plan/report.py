@@ -180,7 +180,7 @@ def show_search(console: Console, search: Search) -> None:
 def candidates(title: str, rows: list[Candidate]) -> Table:
     """A table of candidates."""
     table = _table(
-        title, "mesh", "remat", "microbatches", "chunks", "step", "memory", "by", "guess", ""
+        title, "mesh", "remat", "microbatches", "chunks", "step", "memory", "by", "formulas", ""
     )
     for one in rows:
         config, compiled = one.config, one.compiled is not None

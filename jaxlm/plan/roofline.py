@@ -164,8 +164,8 @@ def save(path: Path, kind: str, found: dict[str, Efficiency]) -> None:
 def measure_cpu() -> dict[str, Efficiency]:
     """Rates of this machine's CPU, in about a second: a product, a sum of two arrays."""
     origin = "measured on this machine by a float32 product of 1024 and a sum of 2^24 numbers"
-    ones = jax.device_put(jnp.ones((1024, 1024)), jax.devices("cpu")[0])
-    long = jax.device_put(jnp.ones(1 << 24), jax.devices("cpu")[0])
+    ones = jax.device_put(jnp.ones((1024, 1024)), jax.local_devices(backend="cpu")[0])
+    long = jax.device_put(jnp.ones(1 << 24), jax.local_devices(backend="cpu")[0])
     product = _seconds(jax.jit(jnp.matmul), ones, ones)
     added = _seconds(jax.jit(jnp.add), long, long)
     rate, memory = 2 * 1024**3 / product, 3 * long.nbytes / added
