@@ -342,30 +342,46 @@ def test_groups_in_every_syntax(text):
 
 HLO = """HloModule m, num_partitions=4
 
-%body (p: f32[8]) -> f32[8] {
-  %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%p), channel_id=1, replica_groups=[1,4]<=[4]
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8] get-tuple-element(%p), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %part = f32[2] slice(%x), slice={[0:2]}
+  %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%part), channel_id=1, replica_groups=[1,4]<=[4]
   %d = f32[8]{0} all-gather-done(%s)
-  ROOT %f = f32[8]{0} fusion(%d), kind=kLoop, calls=%all-reduce-scatter.1
+  %f = f32[2]{0} fusion(%d), kind=kLoop, calls=%all-reduce-scatter.1
+  ROOT %r = (s32[], f32[8]) tuple(%next, %d)
 }
 
 %all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %p = f32[8] parameter(0)
   %r = f32[8]{0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %cut = f32[2] slice(%r), slice={[0:2]}
 }
 
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %w = f32[8] while(%a), condition=%cond, body=%body
-  %q = (bf16[4]{0}, f32[]) all-reduce(%w, %w), channel_id=3, replica_groups=[2,2]<=[4], to_apply=%a
+ENTRY %main (a: f32[8]) -> (bf16[4], f32[]) {
+  %a = f32[8]{0} parameter(0)
+  %b = bf16[4]{0} parameter(1)
+  %c = f32[] parameter(2)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[8]) tuple(%zero, %a)
+  %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+  ROOT %q = (bf16[4]{0}, f32[]) all-reduce(%b, %c), channel_id=3, replica_groups=[2,2]<=[4]
 }
 
-%cond (p: f32[8]) -> pred[] {
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
   %n = s32[]{:T(128)} constant(5)
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
-%add (p: f32[]) -> f32[] {
-}
-
-%a (p: f32[]) -> f32[] {
+%add (p: f32[], q: f32[]) -> f32[] {
+  %p = f32[] parameter(0)
+  %q = f32[] parameter(1)
+  ROOT %s = f32[] add(%p, %q)
 }
 """
 

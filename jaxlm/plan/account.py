@@ -40,10 +40,12 @@ class Account:
     notes: tuple[str, ...]  # what could not be counted
 
 
-def account(module: Module, layout: Layout, target: Target, dcn: dict[str, int]) -> Account:
-    """Count a program that was compiled for this layout."""
+def account(
+    module: Module, layout: Layout, target: Target, dcn: dict[str, int], window: int = 0
+) -> Account:
+    """Count a program that was compiled for this layout; `window`: of its attention, tokens."""
     visits = list(walk(module))
-    flops, kernels, notes = count_flops(visits)
+    flops, kernels, notes = count_flops(visits, window)
     unknown = {v.scheduled.name for v in visits if not v.known}
     if unknown:
         notes.append(f"{len(unknown)} operations in loops of unknown trips are counted once")
@@ -57,7 +59,7 @@ def account(module: Module, layout: Layout, target: Target, dcn: dict[str, int])
 # FLOPs
 
 
-def count_flops(visits: list[Visit]) -> tuple[dict[str, float], float, list[str]]:
+def count_flops(visits: list[Visit], window: int = 0) -> tuple[dict[str, float], float, list[str]]:
     """(FLOPs by part and pass, those of kernels, notes)."""
     total: dict[str, float] = collections.defaultdict(float)
     kernels, notes = 0.0, {}
@@ -65,7 +67,7 @@ def count_flops(visits: list[Visit]) -> tuple[dict[str, float], float, list[str]
         each, computation = visit.instruction, visit.computation
         kernel = each.opcode == "custom-call" and kernel_name(each)
         if kernel:
-            found = kernel_flops(each, computation)
+            found = kernel_flops(each, computation, window)
             if found is None:
                 notes[f"FLOPs of kernel {kernel} are not known"] = None
                 continue
@@ -93,10 +95,6 @@ def part(op_name: str) -> str:
 def matmul_flops(each: Instruction, computation: Computation) -> float:
     """2 x multiply-adds of a dot, a convolution (which TPU makes of dots) or a GPU's GEMM."""
     if each.opcode == "dot":
-        left = computation.by_name[each.operands[0]].shapes[0]
-        inner = math.prod(left.dims[d] for d in each.numbers("lhs_contracting_dims"))
-        return 2.0 * each.shapes[0].size * inner
-    if each.opcode == "ragged-dot":
         left = computation.by_name[each.operands[0]].shapes[0]
         inner = math.prod(left.dims[d] for d in each.numbers("lhs_contracting_dims"))
         return 2.0 * each.shapes[0].size * inner
@@ -141,15 +139,16 @@ def _convolution_flops(each: Instruction, left: Shape, right: Shape) -> float:
 @functools.cache
 def _touches(out: int, size: int, length: int, stride: int, pad: int, spread: int, gap: int) -> int:
     """Pairs of an output and a place of the window that meet an element, not padding."""
-    if out * size > 1 << 24:  # only huge dense windows: every place meets one
-        return out * size
-    places = np.arange(out)[:, None] * stride + np.arange(size)[None] * gap - pad
-    inside = (places >= 0) & (places % spread == 0) & (places // spread < length)
-    return int(inside.sum())
-
-
-# Matmuls of a kernel as multiples of the forward pass's two: 4 x scores x width FLOPs.
-_SPLASH = (("dkv_no_residuals", 2.5), ("dkv", 2.5), ("dq", 1.5), ("fwd", 1.0), ("mha", 1.0))
+    shift = pad - np.arange(size) * gap  # an output o meets place o * stride - shift
+    if spread == 1:
+        first = np.maximum(0, -(-shift // stride))
+        last = np.minimum(out - 1, (length - 1 + shift) // stride)
+        return int(np.maximum(0, last - first + 1).sum())
+    total = 0
+    for one in shift.tolist():
+        places = np.arange(out) * stride - one
+        total += int(((places >= 0) & (places % spread == 0) & (places // spread < length)).sum())
+    return total
 
 
 def kernel_name(each: Instruction) -> str:
@@ -159,34 +158,33 @@ def kernel_name(each: Instruction) -> str:
     return each.target if each.target.startswith("__cudnn$fmha") else ""
 
 
-def kernel_flops(each: Instruction, computation: Computation) -> float | None:
+def kernel_flops(each: Instruction, computation: Computation, window: int = 0) -> float | None:
     """FLOPs of the blocks of scores that an attention kernel visits; None for other kernels.
 
-    Splash: its first operands say for a grid of blocks [heads, queries, keys] which are visited;
-    of a causal mask, those that are not wholly above the diagonal. cuDNN: all, or half if causal.
+    Splash: of a grid of blocks [heads, queries, keys], those that a causal mask (of a window) does
+    not hide whole. cuDNN: all scores, or half of them if it is told that they are causal.
     """
     shapes = [shape for made in computation.operands(each) for shape in made.shapes]
     wide = [shape for shape in shapes if bits(shape.dtype) >= 16 and len(shape.dims) >= 3]
     if each.target.startswith("__cudnn$fmha"):
-        dims = wide[0].dims  # [B, H, S, C] by their order in memory
-        batch, heads, length, width = dims
+        sums = [s.dims for s in (*each.shapes, *shapes) if s.dtype == "f32" and len(s.dims) == 3]
+        if not sums:
+            return None
         seen = 0.5 if "CAUSAL" in each.attributes else 1.0
         times = 2.5 if "Backward" in each.target else 1.0
-        return 4.0 * times * seen * batch * heads * length * max(width, 1) * wide[1].dims[-2]
-    if "splash" not in each.name and "splash" not in each.op_name:
+        return 4.0 * times * seen * wide[0].size * sums[0][-1]
+    narrow = [shape.dims for shape in shapes if len(shape.dims) == 3 and bits(shape.dtype) <= 8]
+    if "splash" not in each.name + each.op_name or not narrow:
         return None
-    grid = next(
-        (shape.dims for shape in shapes if len(shape.dims) == 3 and bits(shape.dtype) <= 8), None
-    )
-    if grid is None:
-        return None
-    queries, keys = wide[0], wide[1]
-    scores = math.prod(queries.dims[:-1]) * keys.dims[-2] * _visited(*grid[1:])
-    name = each.name + each.op_name
-    times = next((times for mark, times in _SPLASH if mark in name), 1.0)
-    if "dkv" in name and not _fused(each):
-        times = 2.0
-    return 4.0 * times * scores * queries.dims[-1]
+    queries, keys, name = wide[0], wide[1], each.name + each.op_name
+    rows, columns = narrow[0][1:]
+    backward = next((mark for mark in ("dkv", "dq") if mark in name), "")
+    block = re.search(rf'block_kv{backward and "_"}{backward}\\": (\d+)', each.attributes)
+    if block:  # the grid may leave hidden columns out
+        columns = keys.dims[-2] // int(block[1])
+    part = _visited(rows, columns, keys.dims[-2], window)
+    times = {"": 1.0, "dq": 1.5, "dkv": 2.5 if _fused(each) else 2.0}[backward]
+    return 4.0 * times * queries.size * keys.dims[-2] * part
 
 
 def _fused(each: Instruction) -> bool:
@@ -194,9 +192,13 @@ def _fused(each: Instruction) -> bool:
     return len([shape for shape in each.shapes if len(shape.dims) >= 3]) > 2
 
 
-def _visited(rows: int, columns: int) -> float:
-    """The part of a grid of blocks that a causal mask does not hide whole."""
-    shown = sum(min(columns, -(-(row + 1) * columns // rows)) for row in range(rows))
+def _visited(rows: int, columns: int, length: int, window: int) -> float:
+    """The part of a grid of blocks that a causal mask, of a window, does not hide whole."""
+    shown = 0
+    for row in range(rows):
+        last = min(columns, -(-(row + 1) * columns // rows))
+        start = row * length // rows - window + 1 if window else 0
+        shown += last - max(0, start) * columns // length
     return shown / (rows * columns)
 
 
