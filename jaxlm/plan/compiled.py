@@ -31,7 +31,8 @@ from jaxlm.state import abstract_state
 from jaxlm.train import Program, make_program
 
 LARGEST = 12  # buffers that are named
-GPU_OPTIONS = {"xla_gpu_collect_cost_model_stats": True}  # its estimates, into the program's text
+# XLA:GPU writes its estimates into the program's text.
+GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_collect_cost_model_stats": True}
 SURFACED = "nvoluntary full rematerialization"  # a reshard that XLA cannot do without a full copy
 
 

@@ -44,15 +44,12 @@ class Time:
     limit: str  # the largest of them
 
 
-_MANUAL = "bandwidths of devices.py are taken whole: ring collectives reach them on large buffers"
-_LIBTPU = (
-    "cycles that libtpu 0.0.52 estimates for Llamas of 1024 to 2048 wide (benchmarks/ranking.py)"
-)
-_SPLASH = "splash kernels reach about half of the peak (PERFORMANCE of MaxText's published runs)"
-_CUBLAS = "bfloat16 GEMMs of cuBLAS on H100 reach 700 of 989 TFLOP/s (NVIDIA's CUTLASS 3 figures)"
-_STREAM = (
-    "STREAM-like kernels reach about nine tenths of the bandwidth of HBM (NVIDIA's tuning guides)"
-)
+_MANUAL = "the bandwidths of devices.py, whole: what makers publish"
+_NVLINK = "a round value: what NCCL's large all-gathers reach of NVLink and InfiniBand"
+_LIBTPU = "a round value: formulas are then 4 to 18 % under libtpu's estimates (benchmarks)"
+_SPLASH = "a round value for attention kernels: the softmax is not the matrix unit's work"
+_CUBLAS = "a round value: large bfloat16 products of cuBLAS on H100"
+_STREAM = "a round value: what streaming kernels reach of HBM's bandwidth"
 EFFICIENCIES = {  # platform -> what is known without a measurement
     "tpu": {
         "matmuls": Efficiency(0.85, _LIBTPU), "kernels": Efficiency(0.5, _SPLASH),
@@ -60,9 +57,9 @@ EFFICIENCIES = {  # platform -> what is known without a measurement
         "network": Efficiency(1.0, _MANUAL),
     },
     "gpu": {
-        "matmuls": Efficiency(0.7, _CUBLAS), "kernels": Efficiency(0.6, _CUBLAS),
-        "memory": Efficiency(0.9, _STREAM), "links": Efficiency(0.8, _MANUAL),
-        "network": Efficiency(0.8, _MANUAL),
+        "matmuls": Efficiency(0.7, _CUBLAS), "kernels": Efficiency(0.6, _SPLASH),
+        "memory": Efficiency(0.9, _STREAM), "links": Efficiency(0.8, _NVLINK),
+        "network": Efficiency(0.8, _NVLINK),
     },
 }  # fmt: skip
 PARTS = ("matmuls", "kernels", "memory", "links", "network", "overhead")
