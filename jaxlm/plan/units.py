@@ -6,7 +6,7 @@ from __future__ import annotations
 def size(count: float) -> str:
     """Bytes as people read them: 12.3 GB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
+        if abs(count) >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count:.0f} B"
 
