@@ -293,8 +293,8 @@ class _Run:
                 return (y_BSD, sum(losses, jnp.zeros((), weight.dtype))), aux
 
             fixed = self.marked(fixed)
-            _, pull, aux = jax.vjp(run, self.marked(params), x_BSD, has_aux=True)
-            grads, dx_BSD = pull((g_BSD, weight))
+            (_, extra), pull, aux = jax.vjp(run, self.marked(params), x_BSD, has_aux=True)
+            grads, dx_BSD = pull((g_BSD, weight.astype(extra.dtype)))
             scale = lambda name, v: v * (valid if UPDATE in name else weight).astype(v.dtype)
             return grads, dx_BSD, {name: scale(name, v) for name, v in aux.items()}
 
