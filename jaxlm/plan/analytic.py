@@ -87,8 +87,9 @@ class _Step:
         kept = ("query", "key", "value", "mlp", "output")
         return self.policy == "full" or (self.policy == "dots" and name not in kept)
 
-    def repeat(self, name: str) -> float:
-        """How often a layer's forward computes it: pipelines do once more, to save its input."""
+    @property
+    def forwards(self) -> int:
+        """Runs of a layer's forward: pipelines do one more, to save its input."""
         return 1 + (self.stages > 1)
 
 
@@ -447,9 +448,9 @@ def _hbm_bytes(step: _Step) -> float:
         shown = visited(layout, m, config.batch.sequence_length)
         scores = 4 * m.num_heads / layout.size("heads") * length * shown * WIDE / step.width
     # The passes of _flops: pipelines run forward once more, chunks and pieces make scores again.
-    passes = 2 + step.repeat("layer") + again
+    passes = 2 + step.forwards + again
     remade = layout.attention.backend in ("chunked", "ring", "all_gather")
-    scores *= 2 + step.repeat("attention") + step.again("attention") + remade
+    scores *= 2 + step.forwards + step.again("attention") + remade
     layer = step.tokens * L * step.width * (activations * passes + scores)
     rows = cfg.padded_vocab(m) / layout.size("vocab")
     head = step.tokens * rows * (3 * WIDE + 3 * step.width)

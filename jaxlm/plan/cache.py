@@ -116,8 +116,8 @@ def write_bytes(config: cfg.Config, name: str, data: bytes) -> None:
     folder = directory(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            file.write(data)
-        os.replace(file.name, folder / name)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as own:
+            Path(own, name).write_bytes(data)
+            os.replace(Path(own, name), folder / name)
     except OSError as error:  # a plan is worth showing all the same
         logger.warning("plan.cache=%s: results are not kept: %s", folder, error.strerror)

@@ -36,7 +36,12 @@ def calibrate(runs: Sequence[tuple[str, cfg.Config]]) -> dict[str, Any]:
     fitted, store = {}, estimate.efficiencies_path(runs[0][1])
     for name, measured in pairs.items():
         found = roofline.fit_efficiencies(measured, targets[name])
-        roofline.save(store, name, found)
+        try:
+            roofline.save(store, name, found)
+        except OSError as error:
+            raise cfg.UserError(
+                f"{store}: cannot be written: {error.strerror}; choose another plan.cache"
+            ) from error
         fitted[name] = {k: {"value": e.value, "origin": e.origin} for k, e in found.items()}
     return {"runs": rows, "efficiencies": fitted, "path": str(store)}
 

@@ -104,12 +104,12 @@ def _plan(args, config: cfg.Config, target) -> int:
 
     made = plan.make_plan(config, target, args.analytic)
     found = plan.to_dict(made)
-    if args.html:
-        _write(args.html, page.page(found))
     if args.json:
         print(json.dumps(found))
     else:
         report.show(_console(), found)
+    if args.html:  # last: a path that cannot be written loses nothing
+        _write(args.html, page.page(found))
     return 0 if made.fits else 1
 
 
@@ -127,18 +127,17 @@ def _search(args, config: cfg.Config, target) -> int:
     measure = None if args.analytic else lambda one: plan.measure_seconds(one, target)
     found = search.run(config, target, measure, _say)
     best = search.chosen(found)
-    if args.write:
-        _write(
-            args.write, search.config_text(runs.config_path(args.config), args.write, best, target)
-        )
     if args.json:
         print(json.dumps(search.to_dict(found)))
     else:
         report.show_search(_console(), found)
         print(f"\nbest: {search.describe(best)}")
         print(f"as overrides: {' '.join(search.overrides(best))}")
-        if args.write:
-            print(f"written: {args.write}")
+    if args.write:
+        _write(
+            args.write, search.config_text(runs.config_path(args.config), args.write, best, target)
+        )
+        _say(f"written: {args.write}")
     return 0
 
 

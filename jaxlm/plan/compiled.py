@@ -96,7 +96,7 @@ def read_cost(
     counted = account(module, layout, target, config.mesh.dcn, window)
     split = split_memory(module, memory, layout, structure, config)
     taken = cost.Cost(
-        memory=split.classes, flops=counted.flops, kernel_flops=counted.kernel_flops,
+        memory=split.classes | ({"code": split.code} if split.code else {}), flops=counted.flops, kernel_flops=counted.kernel_flops,
         traffic=counted.traffic, hbm_bytes=counted.hbm_bytes, host_bytes=counted.host_bytes,
         compute_seconds=counted.compute_seconds, notes=counted.notes,
     )  # fmt: skip

@@ -12,9 +12,7 @@ from jaxlm.plan.target import Target
 class Route(NamedTuple):
     """The slowest wires of a group."""
 
-    network: (
-        str  # "links": a torus, NVLink; "network": between slices or hosts; "memory": simulated
-    )
+    network: str  # "links" (a torus, NVLink), "network" (between slices, hosts), "memory" (CPU)
     bandwidth: float  # bytes/s that one device sends with, at their peak
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ import numpy as np
 from jaxlm.devices import Kind
 from jaxlm.plan.cost import Cost
 from jaxlm.plan.target import Target
+
+logger = logging.getLogger("jaxlm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +133,10 @@ def efficiencies(kind: Kind, path: Path) -> dict[str, Efficiency]:
     stored = load(path).get(kind.name, {})
     if platform(kind) == "cpu" and not stored:
         stored = measure_cpu()
-        save(path, kind.name, stored)
+        try:
+            save(path, kind.name, stored)
+        except OSError as error:  # measured again next time
+            logger.warning("plan.cache=%s: rates are not kept: %s", path.parent, error.strerror)
     return EFFICIENCIES.get(platform(kind), {}) | stored
 
 
