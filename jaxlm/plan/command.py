@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -45,6 +46,8 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 where the plan does not fit in memory."""
+    if not args.json:  # nothing but the object on standard output
+        logging.getLogger("jaxlm").setLevel(logging.WARNING)
     if args.calibrate:
         return _calibrate(args)
     if not args.config:

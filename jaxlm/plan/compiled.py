@@ -80,6 +80,7 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
         "compile_seconds": round(done - traced, 1),
         "peak_bytes": memory.peak_memory_in_bytes,
         "state_and_batch_bytes": memory.argument_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,  # beside the peak
         "collectives": summarize(collectives(module), program.layout),
         "cost": cost.to_json(found),
         "warnings": [unkept] if unkept else [],
@@ -96,7 +97,7 @@ def read_cost(
     counted = account(module, layout, target, config.mesh.dcn, window)
     split = split_memory(module, memory, layout, structure, config)
     taken = cost.Cost(
-        memory=split.classes | ({"code": split.code} if split.code else {}), flops=counted.flops, kernel_flops=counted.kernel_flops,
+        memory=split.classes, flops=counted.flops, kernel_flops=counted.kernel_flops,
         traffic=counted.traffic, hbm_bytes=counted.hbm_bytes, host_bytes=counted.host_bytes,
         compute_seconds=counted.compute_seconds, notes=counted.notes,
     )  # fmt: skip

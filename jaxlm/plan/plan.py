@@ -31,6 +31,7 @@ class Plan:
     efficiencies: dict[str, roofline.Efficiency]
     cached: bool = False
     compile_seconds: float = 0.0
+    code: float = 0.0  # bytes of the program itself, which the compiler's peak leaves out
     largest: tuple[dict[str, Any], ...] = ()  # buffers at the peak of a compiled program
     warnings: tuple[str, ...] = ()
 
@@ -42,7 +43,8 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the peak is within the part of memory that plan.memory allows."""
-        return not self.limit or self.cost.peak <= self.limit * self.config.plan.memory
+        taken = self.cost.peak + self.code
+        return not self.limit or taken <= self.limit * self.config.plan.memory
 
     @property
     def tokens(self) -> int:
@@ -88,7 +90,7 @@ def make_plan(config: cfg.Config, target: Target, analytic: bool) -> Plan:
         plan, method="compiled", cost=taken, time=roofline.estimate(taken, target, known),
         attention=result["attention"], cached=result["cached"],
         compile_seconds=result["trace_seconds"] + result["compile_seconds"],
-        largest=tuple(result["largest"]), warnings=(*plan.warnings, *result["warnings"]),
+        code=result["code_bytes"], largest=tuple(result["largest"]), warnings=(*plan.warnings, *result["warnings"]),
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "memory": {
             "classes": by_class(plan.cost.memory), "peak_bytes": plan.cost.peak,
-            "limit_bytes": limit, "usable_bytes": limit * config.plan.memory, "fits": plan.fits,
+            "code_bytes": plan.code, "limit_bytes": limit, "usable_bytes": limit * config.plan.memory, "fits": plan.fits,
         },
         "flops": {
             "parts": plan.cost.flops, "total": plan.cost.total_flops, "ideal": plan.ideal_flops,

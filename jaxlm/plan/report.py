@@ -89,6 +89,8 @@ def _memory(plan: dict[str, Any]) -> Table:
     for name, count in plan["memory"]["classes"].items():
         if count:
             table.add_row(name, size(count), f"{count / whole:.1%}", _bar(count / whole))
+    if code := plan["memory"]["code_bytes"]:
+        table.add_row("code, beside the peak", size(code), f"{code / whole:.1%}", "")
     return table
 
 
