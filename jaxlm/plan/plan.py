@@ -90,7 +90,8 @@ def make_plan(config: cfg.Config, target: Target, analytic: bool) -> Plan:
         plan, method="compiled", cost=taken, time=roofline.estimate(taken, target, known),
         attention=result["attention"], cached=result["cached"],
         compile_seconds=result["trace_seconds"] + result["compile_seconds"],
-        code=result["code_bytes"], largest=tuple(result["largest"]), warnings=(*plan.warnings, *result["warnings"]),
+        code=result["code_bytes"], largest=tuple(result["largest"]),
+        warnings=(*plan.warnings, *result["warnings"]),
     )  # fmt: skip
 
 
@@ -138,7 +139,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "memory": {
             "classes": by_class(plan.cost.memory), "peak_bytes": plan.cost.peak,
-            "code_bytes": plan.code, "limit_bytes": limit, "usable_bytes": limit * config.plan.memory, "fits": plan.fits,
+            "code_bytes": plan.code, "limit_bytes": limit,
+            "usable_bytes": limit * config.plan.memory, "fits": plan.fits,
         },
         "flops": {
             "parts": plan.cost.flops, "total": plan.cost.total_flops, "ideal": plan.ideal_flops,
