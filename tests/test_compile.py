@@ -18,8 +18,9 @@ import pytest
 
 from jaxlm import attention, configfile
 from jaxlm import config as cfg
-from jaxlm.plan import account, hlo
+from jaxlm.plan import collectives as traffic
 from jaxlm.plan import compiled as compiler
+from jaxlm.plan import hlo
 from jaxlm.plan.target import AbsentDevice, parse_target
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -129,12 +130,12 @@ def check_bytes(found: Counter, want: Counter) -> None:
         assert abs(found[key] - want[key]) <= 0.1 * want[key] + slack, (key, found, want)
 
 
-def count(found: list[account.Collective], layout) -> Counter:
+def count(found: list[traffic.Collective], layout) -> Counter:
     """Arrays communicated, by (kind, axes, loops around), without scalars."""
     counted = Counter()
     for one in found:
         arrays = len(one.shapes) - one.scalars
-        counted[one.kind, account.mesh_axes(one.groups, layout), one.loops] += arrays
+        counted[one.kind, traffic.mesh_axes(one.groups, layout), one.loops] += arrays
     return +counted
 
 
@@ -142,7 +143,7 @@ def compile_tiny(num_devices: int, *overrides: str):
     config = configfile.load(CONFIGS / "llama.yaml", ["model.tie_embeddings=false", *overrides])
     program = compiler.make_program(config, jax.devices()[:num_devices])
     text = compiler.trace_train_step(config, program).lower().compile().as_text()
-    return config, program.layout, account.collectives(hlo.parse(text))
+    return config, program.layout, traffic.find_collectives(hlo.parse(text))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -152,7 +153,7 @@ def test_collectives_of_a_layout(name):
     want = expected(dict(layout.axes), config.batch.microbatches, config.gather_at, "cpu")
     assert count(found, layout) == want
     check_bytes(
-        measured_bytes(account.summarize(found, layout)),
+        measured_bytes(traffic.summarize(found, layout)),
         expected_bytes(config, dict(layout.axes), "cpu"),
     )
     assert sum(one.scalars for one in found) <= 5  # loss, weight, z-loss; the gradient's norm
@@ -337,7 +338,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("text", GROUPS)
 def test_groups_in_every_syntax(text):
-    assert account.replica_groups(f"%x), channel_id=1, {text}, dimensions={{0}}") == GROUPS[text]
+    assert traffic.replica_groups(f"%x), channel_id=1, {text}, dimensions={{0}}") == GROUPS[text]
 
 
 HLO = """HloModule m, num_partitions=4
@@ -388,8 +389,8 @@ ENTRY %main (a: f32[8]) -> (bf16[4], f32[]) {
 
 def test_halves_fusions_and_loops():
     everyone = ((0, 1, 2, 3),)
-    assert account.collectives(hlo.parse(HLO)) == [
-        account.Collective("all-gather", ("f32[8]",), 32, everyone, 1, 5),
-        account.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1, 5),
-        account.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0, 1),
+    assert traffic.find_collectives(hlo.parse(HLO)) == [
+        traffic.Collective("all-gather", ("f32[8]",), 32, everyone, 1, 5),
+        traffic.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1, 5),
+        traffic.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0, 1),
     ]

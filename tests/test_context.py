@@ -17,7 +17,7 @@ from test_attention import forward_and_gradients, open_layout
 
 from jaxlm import attention
 from jaxlm.attention import xla
-from jaxlm.plan.account import collectives
+from jaxlm.plan.collectives import find_collectives
 from jaxlm.plan.hlo import parse
 from jaxlm.sharding import sequence_order
 
@@ -255,7 +255,7 @@ def moved(variant: str, n: int, backward: bool) -> dict[str, tuple[int, int]]:
         inputs = shapes(mesh, layout, 1, LENGTH, 8, 8, False)
         text = program(layout, backward).lower(*inputs).compile().as_text()
     found = {}
-    for one in collectives(parse(text)):
+    for one in find_collectives(parse(text)):
         count, size = found.get(one.kind, (0, 0))
         found[one.kind] = count + one.times * len(one.shapes), size + one.times * one.bytes
     return found

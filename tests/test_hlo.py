@@ -14,6 +14,7 @@ from test_compile import needs_cuda, needs_tpu
 
 from jaxlm.config import AXES
 from jaxlm.plan import account, hlo
+from jaxlm.plan import collectives as traffic
 from jaxlm.plan.target import parse_target
 from jaxlm.sharding import Layout
 
@@ -78,7 +79,7 @@ BYTES = {  # of results in a run, by kind: every weight gathered, every sum, eve
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_of_collectives_are_exact(target, name):
     kind, want = BYTES[name]
-    found = account.collectives(modules(target)[name])
+    found = traffic.find_collectives(modules(target)[name])
     assert {one.kind for one in found} == {kind}
     assert sum(one.bytes * one.times for one in found) == want
 
@@ -87,8 +88,8 @@ def test_bytes_of_collectives_are_exact(target, name):
 def test_wire_bytes_by_the_ring_model(target):
     layout = Layout(tuple((a, DEVICES if a == "fsdp" else 1) for a in AXES), (), ())
     for name, factor in (("fsdp", 7 / 8), ("tensor", 2 * 7 / 8), ("ring", 1), ("experts", 7 / 8)):
-        found = account.collectives(modules(target)[name])
-        (row,) = account.count_traffic(found, layout, parse_target(target), {})
+        found = traffic.find_collectives(modules(target)[name])
+        (row,) = traffic.count_traffic(found, layout, parse_target(target), {})
         assert row.axes == ("fsdp",) and row.size == DEVICES
         assert row.wire == pytest.approx(factor * BYTES[name][1])
         assert row.network == {"cpu:8": "memory"}.get(target, "links")
@@ -131,7 +132,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 @pytest.mark.parametrize("direction, trips", [("LT", 4), ("LE", 5)])
 def test_trips_from_start_step_and_limit(direction, trips):
     """3, 5, 7, 9 below 11; the limit comes through a tuple and a copy."""
-    (one,) = account.collectives(program(WHILE.replace("DIRECTION", direction)))
+    (one,) = traffic.find_collectives(program(WHILE.replace("DIRECTION", direction)))
     assert (one.loops, one.times) == (1, trips)
 
 
@@ -139,7 +140,7 @@ def test_trips_that_the_compiler_knows():
     text = WHILE.replace(
         ", body=%body", ', body=%body, backend_config={"known_trip_count":{"n":"9"}}'
     )
-    (one,) = account.collectives(program(text))
+    (one,) = traffic.find_collectives(program(text))
     assert one.times == 9
 
 
@@ -161,7 +162,7 @@ ASYNC = """ENTRY %main (a: f32[8], b: f32[4,4]) -> f32[64] {
 
 @pytest.mark.parametrize("work, blocking", [("dot", False), ("bitcast", True)])
 def test_an_asynchronous_collective_blocks_unless_work_runs_meanwhile(work, blocking):
-    (one,) = account.collectives(program(ASYNC.replace("WORK", work)))
+    (one,) = traffic.find_collectives(program(ASYNC.replace("WORK", work)))
     assert (one.kind, one.bytes, one.blocking) == ("all-gather", 256, blocking)
 
 

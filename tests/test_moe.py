@@ -19,7 +19,7 @@ from jaxlm.data import load, open_split
 from jaxlm.metrics import flops_per_token
 from jaxlm.models import family_module, moe
 from jaxlm.parallel import experts
-from jaxlm.plan.account import collectives, mesh_axes
+from jaxlm.plan.collectives import find_collectives, mesh_axes
 from jaxlm.plan.compiled import trace_train_step
 from jaxlm.plan.hlo import parse
 from jaxlm.sharding import batch_shardings
@@ -318,7 +318,7 @@ def test_dropless_experts_and_biases_under_stages_are_the_same_run(data, referen
 def test_tokens_travel_there_and_back_and_gradients_of_experts_stay(data):
     config = make_config("mixtral", data, "mesh.expert=4", "remat.policy=none")
     program = make_program(config, jax.devices()[:4])
-    found = collectives(parse(trace_train_step(config, program).lower().compile().as_text()))
+    found = find_collectives(parse(trace_train_step(config, program).lower().compile().as_text()))
     travel = [c for c in found if c.kind == "all-to-all"]
     assert all(mesh_axes(c.groups, program.layout) == ("expert",) and c.loops for c in travel)
     sizes = [c.bytes for c in travel]

@@ -15,6 +15,7 @@ from jaxlm.data import load, open_split
 from jaxlm.models import llama
 from jaxlm.parallel import pipeline
 from jaxlm.plan import account, hlo
+from jaxlm.plan import collectives as traffic
 from jaxlm.plan import compiled as compiler
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import create_state
@@ -249,8 +250,8 @@ def test_messages_of_a_pipeline(data):
             data, 8, "mesh.stage=4", "mesh.data=2", f"batch.microbatches={count}",
             f"batch.sequences={2 * count}",
         )  # fmt: skip
-        rows = account.collectives(hlo.parse(compiled.as_text()))
-        place = lambda one: (one.kind, account.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
+        rows = traffic.find_collectives(hlo.parse(compiled.as_text()))
+        place = lambda one: (one.kind, traffic.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
         found[count] = sorted((*place(one), one.shapes) for one in rows)
         permutes = [one for one in rows if one.kind == "collective-permute"]
         # Forward only: 1; both: 2; backward only: 1.

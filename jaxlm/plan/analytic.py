@@ -15,7 +15,7 @@ from jaxlm import config as cfg
 from jaxlm.attention import splash
 from jaxlm.attention.chunked import SPANS
 from jaxlm.models import moe
-from jaxlm.plan.account import WIRE
+from jaxlm.plan.collectives import WIRE
 from jaxlm.plan.cost import Cost, Traffic
 from jaxlm.plan.memory import memory
 from jaxlm.plan.network import route

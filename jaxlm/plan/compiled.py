@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jaxlm import config as cfg
 from jaxlm import configfile
 from jaxlm.plan import cache, cost, executables, hlo
-from jaxlm.plan.account import account, collectives, summarize
+from jaxlm.plan.account import account
+from jaxlm.plan.collectives import find_collectives, summarize
 from jaxlm.plan.liveness import largest, split_memory
 from jaxlm.plan.target import Target, parse_target
 from jaxlm.sharding import batch_shardings
@@ -81,7 +82,7 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
         "peak_bytes": memory.peak_memory_in_bytes,
         "state_and_batch_bytes": memory.argument_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,  # beside the peak
-        "collectives": summarize(collectives(module), program.layout),
+        "collectives": summarize(find_collectives(module), program.layout),
         "cost": cost.to_json(found),
         "warnings": [unkept] if unkept else [],
         "largest": buffers,
