@@ -120,7 +120,7 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
         path.write_text(configfile.dump(config))
         done = _run_worker(path, target, config.plan.timeout)
     if done.returncode:
-        raise CompileError(f"target={target.text}: {_last_words(done)}")
+        raise CompileError(_last_words(done, target))
     found = json.loads(done.stdout.splitlines()[-1])
     found["warnings"] += [line for line in done.stderr.splitlines() if SURFACED in line]
     cache.write(config, name, found)
@@ -146,13 +146,15 @@ def _python_path() -> list[str]:
     return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
 
 
-def _last_words(done: subprocess.CompletedProcess) -> str:
+def _last_words(done: subprocess.CompletedProcess, target: Target) -> str:
     """Why the worker failed, from the end of its standard error, in a line."""
-    if done.returncode < 0:
-        return f"the compiler crashed (signal {-done.returncode})"
     lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
     own = [line for line in lines if line.startswith("jaxlm: ")]
-    return own[-1].removeprefix("jaxlm: ") if own else f"compiling failed: {lines[-1][:400]}"
+    if own:  # it names the key itself
+        return own[-1].removeprefix("jaxlm: ")
+    if done.returncode < 0:
+        return f"target={target.text}: the compiler crashed (signal {-done.returncode})"
+    return f"target={target.text}: compiling failed: {lines[-1][:400]}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -115,8 +115,8 @@ def terms(cost: Cost, target: Target) -> dict[str, float]:
     if target.platform == "cpu":
         wires["links"] = target.size * sum(row.wire for row in cost.traffic)
     peak, memory = kind.bf16_flops, kind.hbm_bandwidth
-    if target.platform == "cpu":
-        peak = memory = 1 / target.size
+    if target.platform == "cpu":  # products use all cores; all else one core for each device
+        peak, memory = 1 / target.size, min(target.size, os.cpu_count() or 1) / target.size
     return {
         "matmuls": matmuls / peak, "kernels": cost.kernel_flops / peak,
         "memory": cost.hbm_bytes / memory, **wires,
