@@ -135,8 +135,12 @@ def test_a_crash_and_a_timeout_are_one_line(tmp_path, monkeypatch):
 
 
 def test_what_the_worker_says_of_a_mistake_is_kept(tmp_path):
-    done = subprocess.CompletedProcess([], 2, "", "noise\njaxlm: libtpu is missing\nlast\n")
-    assert compiled._last_words(done) == "libtpu is missing"
+    last_words = lambda code, text: compiled._last_words(
+        subprocess.CompletedProcess([], code, "", text), parse_target("cpu:8")
+    )
+    assert last_words(2, "noise\njaxlm: libtpu is missing\nlast\n") == "libtpu is missing"
+    assert last_words(-6, "noise\n") == "target=cpu:8: the compiler crashed (signal 6)"
+    assert last_words(1, "") == "target=cpu:8: compiling failed: no message"
 
 
 # The cache.
