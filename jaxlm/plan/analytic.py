@@ -17,7 +17,7 @@ from jaxlm.attention.chunked import SPANS
 from jaxlm.models import moe
 from jaxlm.plan.collectives import WIRE
 from jaxlm.plan.cost import Cost, Traffic
-from jaxlm.plan.memory import memory
+from jaxlm.plan.memory import largest, phases
 from jaxlm.plan.network import route
 from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
@@ -97,9 +97,12 @@ def analyze(config: cfg.Config, layout: Layout, structure: Structure, target: Ta
     """The Cost of one train step on one device of the target."""
     step = _Step(config, layout, structure, target)
     flops, kernels = _flops(step)
+    moments = phases(config, layout, structure, target).values()
+    kept = lambda sizes: sum(size for name, size in sizes.items() if name.startswith("saved/"))
     return Cost(
-        memory=memory(config, layout, structure, target), flops=flops, kernel_flops=kernels,
-        traffic=tuple(_traffic(step)), hbm_bytes=_hbm_bytes(step), host_bytes=_host_bytes(step),
+        memory=largest(moments), flops=flops, kernel_flops=kernels,
+        traffic=tuple(_traffic(step)), hbm_bytes=_hbm_bytes(step, max(map(kept, moments))),
+        host_bytes=_host_bytes(step),
     )  # fmt: skip
 
 
@@ -415,8 +418,11 @@ def _exchange(step: _Step, add, m, pairs: float) -> None:
 # Memory traffic
 
 
-def _hbm_bytes(step: _Step) -> float:
-    """Device memory read and written: weights in each pass, activations, logits, the optimizer."""
+def _hbm_bytes(step: _Step, saved: float) -> float:
+    """Device memory read and written: weights in each pass, activations, logits, the optimizer.
+
+    `saved`: bytes that a microbatch keeps for its backward pass, written and read.
+    """
     layout, config, m = step.layout, step.config, step.config.model
     count = config.batch.microbatches
     rest = used = 0.0
@@ -454,7 +460,7 @@ def _hbm_bytes(step: _Step) -> float:
     layer = step.tokens * L * step.width * (activations * passes + scores)
     rows = cfg.padded_vocab(m) / layout.size("vocab")
     head = step.tokens * rows * (3 * WIDE + 3 * step.width)
-    return optimizer + weights + layer + head
+    return optimizer + weights + layer + head + 2 * saved * count * step.bubble
 
 
 def _host_bytes(step: _Step) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 from jaxlm import config as cfg
 from jaxlm.models import moe
@@ -86,8 +87,12 @@ class Run:
 
 def memory(config: cfg.Config, layout: Layout, structure: Structure, target: Target) -> Sizes:
     """Class of memory (cost.MEMORY) -> bytes at the moment of the peak."""
-    found = phases(config, layout, structure, target)
-    return max(found.values(), key=lambda sizes: sum(sizes.values()))
+    return largest(phases(config, layout, structure, target).values())
+
+
+def largest(moments: Iterable[Sizes]) -> Sizes:
+    """The moment at which most is held."""
+    return max(moments, key=lambda sizes: sum(sizes.values()))
 
 
 def phases(
