@@ -14,7 +14,7 @@ import re
 
 import numpy as np
 
-from jaxlm.plan.collectives import count_traffic, find_collectives
+from jaxlm.plan.collectives import KINDS, count_traffic, find_collectives
 from jaxlm.plan.cost import PARTS, Traffic
 from jaxlm.plan.hlo import HOST, Computation, Instruction, Module, Shape, Visit, bits, walk
 from jaxlm.plan.target import Target
@@ -214,13 +214,17 @@ def count_bytes(module: Module, visits: list[Visit]) -> tuple[float, float]:
     """
     hbm = host = 0.0
     for visit in visits:
-        each = visit.instruction
-        if each is not visit.scheduled or each.opcode in _FREE or each.opcode.endswith("-done"):
-            continue
-        for space, size in _touched(module, visit.computation, each):
-            hbm += size * visit.times * (space == 0)
-            host += size * visit.times * (space == HOST)
+        if visit.instruction is visit.scheduled:
+            hbm += _moved(module, visit.computation, visit.instruction) * visit.times
+            host += _moved(module, visit.computation, visit.instruction, HOST) * visit.times
     return hbm, host
+
+
+def _moved(module: Module, computation: Computation, each: Instruction, space: int = 0) -> float:
+    """Bytes that one scheduled operation moves in a memory space."""
+    if each.opcode in _FREE or each.opcode.endswith("-done"):
+        return 0.0
+    return sum(size for one, size in _touched(module, computation, each) if one == space)
 
 
 def _touched(module: Module, computation: Computation, each: Instruction):
@@ -242,7 +246,7 @@ def _touched(module: Module, computation: Computation, each: Instruction):
         return [(space, moved.bytes) for space in (whole.space, *(others or {whole.space}))]
     if each.opcode in _SLICES:
         return [(shape.space, 2 * shape.bytes) for shape in each.shapes]
-    if each.opcode == "fusion":
+    if each.kind == "fusion":
         called = module.called(each, "calls")
         assert called
         return _fusion_touched(module, computation, each, called)
@@ -257,7 +261,11 @@ def _fusion_touched(module: Module, computation: Computation, each: Instruction,
     outs = [called.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
     inside, found = called.parameters(), []
     in_place = set()
-    for shape, out in zip(each.shapes, outs, strict=False):
+    results = each.shapes
+    if each.opcode.endswith("-start"):  # its operands come first, and a context last
+        skip = sum(len(made.shapes) for made in computation.operands(each))
+        results = each.shapes[skip : skip + len(outs)]
+    for shape, out in zip(results, outs, strict=False):
         last = _origin(called, out)
         if last.opcode == "dynamic-update-slice":
             found.append((shape.space, called.by_name[last.operands[1]].bytes))
@@ -301,7 +309,8 @@ def _read(module: Module, computation: Computation, name: str, whole: float) -> 
 
 def compute_seconds(module: Module, visits: list[Visit], target: Target) -> float:
     """The compiler's estimate of the scheduled operations: TPU all but kernels and collectives,
-    from `estimated_cycles`; GPU also without matmuls, for which its cost models are not sound.
+    from `estimated_cycles`; GPU also without matmuls, for which its cost models are not sound,
+    and by the bytes that move where they say nothing.
     """
     total, kind = 0.0, target.kind
     for visit in visits:
@@ -313,8 +322,9 @@ def compute_seconds(module: Module, visits: list[Visit], target: Target) -> floa
             elif each is not visit.scheduled and cycles is None:
                 total += matmul_flops(each, visit.computation) / kind.bf16_flops * visit.times
         elif target.platform == "gpu" and each is visit.scheduled:
-            if not _has_matmul(module, each):
-                total += reification_seconds(each) * visit.times
+            if each.kind not in KINDS and not _has_matmul(module, each):
+                moved = _moved(module, visit.computation, each) / kind.hbm_bandwidth
+                total += (reification_seconds(each) or moved) * visit.times
     return total
 
 
