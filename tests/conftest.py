@@ -16,6 +16,11 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["XDG_CACHE_HOME"] = _cache.name  # of the planner
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import jax  # noqa: E402  (it reads the environment)
+
+# The number again, as the planner asks for it: jax refuses another once the devices are in use.
+jax.config.update("jax_num_cpu_devices", 8)
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
