@@ -32,6 +32,9 @@ def attend(
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=5)
     def one(q_BsHC, ids_Bs, start, k_BtKC, v_BtKC, low):
+        # The mask depends on no weight, so autodiff would make it ahead and keep it, as large as
+        # the scores of all chunks; behind a barrier with the queries it is made again.
+        q_BsHC, ids_Bs, start = jax.lax.optimization_barrier((q_BsHC, ids_Bs, start))
         queries_s, keys_t = start + jnp.arange(size), low + jnp.arange(k_BtKC.shape[1])
         mask_Bst = visible(queries_s, keys_t, window)[None]
         if segments_BS is not None:

@@ -309,9 +309,10 @@ def _merge(first, second):
 def _scores(rule: Rule, queries: Queries, keys: Keys, places_s):
     """(masked scores, tanh of the soft cap) of a chunk, [B, K, G, s, t]; `wide`."""
     q_BsKGC, k_BtKC = queries.q_BpKGC, keys.k_BpKC
-    scores_BKGst = jnp.einsum(
-        "bskgc,btkc->bkgst", q_BsKGC, k_BtKC, preferred_element_type=wide(q_BsKGC.dtype)
-    )
+    scores_BKGst = jnp.einsum(  # in the order of the scores, as in xla.py
+        "bkgsc,btkc->bkgst", jnp.moveaxis(q_BsKGC, 1, 3), k_BtKC,
+        preferred_element_type=wide(q_BsKGC.dtype),
+    )  # fmt: skip
     scores_BKGst *= q_BsKGC.shape[-1] ** -0.5
     tanh_BKGst = None
     if rule.softcap:
@@ -359,13 +360,14 @@ def _backward(rule: Rule, queries: Queries, keys: Keys):
         heads = lambda x_BsKG: jnp.moveaxis(x_BsKG, 1, 3)[..., None]
         scores_BKGst, tanh_BKGst = _scores(rule, part, keys, places_s)
         p_BKGst = jnp.exp(scores_BKGst - heads(part.lse_BpKG))
-        dp_BKGst = product("bskgc,btkc->bkgst", part.grad_BpKGC, keys.v_BpKC)
+        grad_BKGsC = jnp.moveaxis(part.grad_BpKGC, 1, 3)
+        dp_BKGst = product("bkgsc,btkc->bkgst", grad_BKGsC, keys.v_BpKC)
         ds_BKGst = p_BKGst * (dp_BKGst - heads(part.delta_BpKG))
         if tanh_BKGst is not None:
             ds_BKGst *= 1 - tanh_BKGst**2
         ds_BKGst = (ds_BKGst * part.q_BpKGC.shape[-1] ** -0.5).astype(dtype)
         dk = product("bkgst,bskgc->btkc", ds_BKGst, part.q_BpKGC)
-        dv = product("bkgst,bskgc->btkc", p_BKGst.astype(dtype), part.grad_BpKGC)
+        dv = product("bkgst,bkgsc->btkc", p_BKGst.astype(dtype), grad_BKGsC)
         return _add(sums, (dk, dv)), product("bkgst,btkc->bskgc", ds_BKGst, keys.k_BpKC)
 
     zeros = jnp.zeros(keys.k_BpKC.shape, wide(dtype))

@@ -31,7 +31,9 @@ def attend(
 def masked_attention(q_BSHC, k_BTKC, v_BTKC, mask_BST, layout: Layout, softcap: float) -> jax.Array:
     """softmax(q k / sqrt(C)) v where the mask is true; scores and softmax in float32."""
     q_BSKGC, k_BTKC, v_BTKC = group_heads(q_BSHC, k_BTKC, v_BTKC, layout)
-    scores_BKGST = wide_einsum("bskgc,btkc->bkgst", q_BSKGC, k_BTKC)
+    # In the order of the scores: queries are small to transpose, XLA:GPU would do it to scores.
+    q_BKGSC = jnp.moveaxis(q_BSKGC, 1, 3)
+    scores_BKGST = wide_einsum("bkgsc,btkc->bkgst", q_BKGSC, k_BTKC)
     scores_BKGST *= q_BSHC.shape[-1] ** -0.5
     if softcap:
         scores_BKGST = softcap * jnp.tanh(scores_BKGST / softcap)
@@ -39,7 +41,8 @@ def masked_attention(q_BSHC, k_BTKC, v_BTKC, mask_BST, layout: Layout, softcap: 
         mask_BST[:, None, None], scores_BKGST, jnp.finfo(scores_BKGST.dtype).min
     )
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(v_BTKC.dtype)
-    out_BSKGC = jnp.einsum("bkgst,btkc->bskgc", weights_BKGST, v_BTKC)
+    out_BKGSC = jnp.einsum("bkgst,btkc->bkgsc", weights_BKGST, v_BTKC)
+    out_BSKGC = jnp.moveaxis(out_BKGSC, 3, 1)
     return jnp.reshape(out_BSKGC, q_BSHC.shape, out_sharding=jax.typeof(q_BSHC).sharding.spec)
 
 

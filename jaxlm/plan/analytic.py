@@ -436,7 +436,9 @@ def _hbm_bytes(step: _Step, saved: float) -> float:
     optimizer = rest * WIDE * (3 + 2 * states)  # gradient and weight read, weight written
     again = 1.0 if step.policy in ("full",) else 0.5 if step.policy != "none" else 0.0
     passes = 3 + again + (step.stages > 1)
-    weights = used * step.width * passes * count + rest * WIDE * 2 * count
+    weights = used * step.width * passes * count
+    # Written, and where microbatches add up: zeros before, both read and their sum written.
+    weights += rest * WIDE * (count if count == 1 else 5 * count)
     L = m.num_layers / step.stages * step.bubble
     heads = m.num_heads / layout.size("heads") + 2 * m.num_kv_heads / layout.size("kv_heads")
     hidden = m.mlp_dim / layout.size("mlp")
@@ -460,7 +462,14 @@ def _hbm_bytes(step: _Step, saved: float) -> float:
     layer = step.tokens * L * step.width * (activations * passes + scores)
     rows = cfg.padded_vocab(m) / layout.size("vocab")
     head = step.tokens * rows * (3 * WIDE + 3 * step.width)
-    return optimizer + weights + layer + head + 2 * saved * count * step.bubble
+    gpu = step.target.platform == "gpu"
+    if config.loss.chunks > 1:  # each adds to the sum of the table's gradients
+        # By XLA:GPU after the product, and from a table that is cast once more.
+        each = 2 * WIDE + gpu * (WIDE + 2 * step.width)
+        head += config.loss.chunks * count * rows * m.embed_dim * each
+    # Written and read; by XLA:GPU also zeros to write into, and copies of what a tick keeps.
+    touches = 2 + gpu * (1 + 3 * (step.stages > 1))
+    return optimizer + weights + layer + head + touches * saved * count * step.bubble
 
 
 def _host_bytes(step: _Step) -> float:
