@@ -262,10 +262,10 @@ def _traffic(step: _Step) -> Iterator[Traffic]:
 # The part of the bytes of each kind of collective that compilers leave blocking, as the programs of
 # benchmarks/ranking.py show: libtpu starts gathers early on v5e alone, XLA:GPU hides all of those.
 _BLOCKING = {
-    "v5e": {"gather": 0.5, "reduce": 1.0, "tensor": 0.9, "permute": 0.0},
-    "tpu": {"gather": 1.0, "reduce": 1.0, "tensor": 1.0, "permute": 0.0},
-    "gpu": {"gather": 0.0, "reduce": 0.6, "tensor": 0.5, "permute": 0.0},
-    "cpu": {"gather": 1.0, "reduce": 1.0, "tensor": 1.0, "permute": 1.0},
+    "v5e": {"gather": 0.5, "reduce": 1.0, "late": 1.0, "tensor": 0.9, "permute": 0.0},
+    "tpu": {"gather": 1.0, "reduce": 1.0, "late": 1.0, "tensor": 1.0, "permute": 0.0},
+    "gpu": {"gather": 0.0, "reduce": 0.6, "late": 0.2, "tensor": 0.25, "permute": 0.0},
+    "cpu": {"gather": 1.0, "reduce": 1.0, "late": 1.0, "tensor": 1.0, "permute": 1.0},
 }  # fmt: skip
 
 
@@ -325,7 +325,7 @@ def _weights(step: _Step, add) -> None:
         late = summed - early
         if late:
             size = rest if layout.gather_at == "layer" else held
-            add("all-reduce", late, step.reduce * size, 1)
+            add("all-reduce", late, step.reduce * size, 1, blocking["late"])
 
 
 def _whole_torus(step: _Step, group: int) -> bool:
@@ -437,8 +437,8 @@ def _hbm_bytes(step: _Step, saved: float) -> float:
     again = 1.0 if step.policy in ("full",) else 0.5 if step.policy != "none" else 0.0
     passes = 3 + again + (step.stages > 1)
     weights = used * step.width * passes * count
-    # Written, and where microbatches add up: zeros before, both read and their sum written.
-    weights += rest * WIDE * (count if count == 1 else 5 * count)
+    # Gradients are written; where microbatches add up, read with their sum, which is written.
+    weights += rest * WIDE * (1 if count == 1 else 4 * count)
     L = m.num_layers / step.stages * step.bubble
     heads = m.num_heads / layout.size("heads") + 2 * m.num_kv_heads / layout.size("kv_heads")
     hidden = m.mlp_dim / layout.size("mlp")
@@ -468,7 +468,7 @@ def _hbm_bytes(step: _Step, saved: float) -> float:
         each = 2 * WIDE + gpu * (WIDE + 2 * step.width)
         head += config.loss.chunks * count * rows * m.embed_dim * each
     # Written and read; by XLA:GPU also zeros to write into, and copies of what a tick keeps.
-    touches = 2 + gpu * (1 + 3 * (step.stages > 1))
+    touches = 2 + gpu * (1 + (step.stages > 1))
     return optimizer + weights + layer + head + touches * saved * count * step.bubble
 
 
