@@ -216,7 +216,8 @@ def test_the_table_says_whether_it_fits(large, capsys):
     report.show(Console(width=140), plan.to_dict(large))
     text = capsys.readouterr().out
     for words in ("256 x TPU v6e", "fits (plan.memory allows 30.4 GB)", "MFU", "a step: ",
-                  "x ideal", "all-gather", "the whole run", "by formulas"):  # fmt: skip
+                  "x ideal", "all-gather", "the whole run", "by formulas",
+                  "attention splash: the fused kernel of TPU v6 lite"):  # fmt: skip
         assert words in text, words
     tight = dataclasses.replace(
         large.config, plan=dataclasses.replace(large.config.plan, memory=0.1)

@@ -58,7 +58,16 @@ def one_device(target: Target) -> np.ndarray:
 def layout_of(config: cfg.Config, sizes: dict[str, int], devices: np.ndarray) -> Layout:
     """The layout that open_mesh would make, without the mesh."""
     mesh: Any = Sizes(sizes, devices)
-    return make_layout(config, sizes, attention.pick(config, mesh)[0], experts.choose(mesh))
+    backend, _ = attention_of(config, sizes, devices)
+    return make_layout(config, sizes, backend, experts.choose(mesh))
+
+
+def attention_of(
+    config: cfg.Config, sizes: dict[str, int], devices: np.ndarray
+) -> tuple[cfg.Attention, str]:
+    """What attention.backend=auto resolves to there, and why."""
+    mesh: Any = Sizes(sizes, devices)
+    return attention.pick(config, mesh)
 
 
 def structure_of(config: cfg.Config) -> Structure:

@@ -32,8 +32,9 @@ td.bar { background: linear-gradient(var(--rest), var(--rest)) center / 100% .75
 
 def page(plan: dict[str, Any]) -> str:
     """The page of a plan (plan.to_dict)."""
-    title, detail = head(plan)
-    body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(detail)}</p>", _tiles(plan)]
+    title, *details = head(plan)
+    body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(line)}</p>" for line in details)]
+    body.append(_tiles(plan))
     body += [_memory(plan), _step(plan), _flops(plan), _collectives(plan), _largest(plan)]
     body.append(_lines("Efficiencies", [
         f"{name} {known['value']:.3g}: {known['origin']}"

@@ -28,6 +28,7 @@ class Plan:
     cost: Cost
     time: roofline.Time
     attention: str  # backend
+    attention_reason: str  # why that one
     efficiencies: dict[str, roofline.Efficiency]
     cached: bool = False
     compile_seconds: float = 0.0
@@ -75,12 +76,12 @@ def make_plan(config: cfg.Config, target: Target, analytic: bool) -> Plan:
     validate(config, target.size)
     sizes = resolve_mesh(config.mesh, target.size)
     structure = estimate.structure_of(config)
-    layout = estimate.layout_of(config, sizes, estimate.one_device(target))
+    chosen, why = estimate.attention_of(config, sizes, estimate.one_device(target))
     guess = estimate.make_estimator(config, target)(config, sizes, structure)
     known = roofline.efficiencies(target.kind, estimate.efficiencies_path(config))
     plan = Plan(
         config, target, sizes, structure, "analytic", guess.cost, guess.time,
-        layout.attention.backend, known, warnings=lint_lines(config, target, structure),
+        chosen.backend, why, known, warnings=lint_lines(config, target, structure),
     )  # fmt: skip
     if analytic:
         return plan
@@ -131,7 +132,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "mesh": {axis: size for axis, size in plan.sizes.items() if size > 1},
         "dcn": dict(config.mesh.dcn),
         "settings": {
-            "attention": plan.attention, "remat": remat_text(config.remat),
+            "attention": plan.attention, "attention_reason": plan.attention_reason,
+            "remat": remat_text(config.remat),
             "microbatches": config.batch.microbatches, "loss_chunks": config.loss.chunks,
             "gather_at": config.gather_at, "sequences": config.batch.sequences,
             "sequence_length": config.batch.sequence_length,

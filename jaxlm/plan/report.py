@@ -52,7 +52,8 @@ def head(plan: dict[str, Any]) -> list[str]:
         f"({target['chips']} x {target['kind']}), {how}",
         f"mesh {mesh}; remat {settings['remat']}; {settings['sequences']} x "
         f"{settings['sequence_length']} tokens in {settings['microbatches']} microbatches; "
-        f"loss in {settings['loss_chunks']} chunks; attention {settings['attention']}",
+        f"loss in {settings['loss_chunks']} chunks",
+        f"attention {settings['attention']}: {settings['attention_reason']}",
     ]
 
 
