@@ -87,10 +87,13 @@ class _Step:
         kept = ("query", "key", "value", "mlp", "output")
         return self.policy == "full" or (self.policy == "dots" and name not in kept)
 
-    @property
-    def forwards(self) -> int:
-        """Runs of a layer's forward: pipelines do one more, to save its input."""
-        return 1 + (self.stages > 1)
+    def forwards(self, again: bool = False, needed: bool = True) -> int:
+        """Runs of a part of the forward pass: pipelines do one more, to save inputs of layers.
+
+        Where a tick is one layer that one leaves out what is computed again, or is not `needed`.
+        """
+        deep = self.config.model.num_layers > self.stages * self.config.pipeline.repeats
+        return 1 + (self.stages > 1 and (deep or (needed and not again)))
 
 
 def analyze(config: cfg.Config, layout: Layout, structure: Structure, target: Target) -> Cost:
@@ -118,10 +121,13 @@ def _flops(step: _Step) -> tuple[dict[str, float], float]:
     each = 2.0 * step.tokens * L * step.bubble  # of one multiply-add a token and layer
     total: dict[str, float] = {}
 
-    def add(part: str, forward: float, recompute: float, backward: float = 2.0) -> None:
+    def add(
+        part: str, forward: float, recompute: float, backward: float = 2.0, runs: int | None = None
+    ) -> None:
+        runs = step.forwards(recompute > 0) if runs is None else runs
         found = {
-            "forward": forward * (2 if step.stages > 1 and part != "head" else 1),
-            "recompute": forward * recompute, "backward": forward * backward,
+            "forward": forward * runs, "recompute": forward * recompute,
+            "backward": forward * backward,
         }  # fmt: skip
         for when, value in found.items():
             if value:
@@ -139,10 +145,10 @@ def _flops(step: _Step) -> tuple[dict[str, float], float]:
         F = m.mlp_dim / layout.size("mlp")
         ups = 1 if m.family == "gpt2" else 2
         add("mlp", each * ups * D * F, step.again("mlp"))
-        add("mlp", each * D * F, 0)
+        add("mlp", each * D * F, 0, runs=step.forwards(needed=False))
     rows = cfg.padded_vocab(m) / layout.size("vocab")
     # loss.py puts every chunk under remat, also where there is one.
-    add("head", 2.0 * step.tokens * D * rows, 1)
+    add("head", 2.0 * step.tokens * D * rows, 1, runs=1)
     if step.config.optimizer.name == "muon":
         total["optimizer/forward"] = _muon(step)
     return total, kernels
@@ -153,19 +159,29 @@ def _experts(step: _Step, add, each: float) -> None:
     m, layout = step.config.model, step.layout
     assert isinstance(m, moe.Config)
     D, F = m.embed_dim, m.expert_mlp_dim / layout.size("mlp")
-    # XLA makes of a ragged product one masked product of all rows for each expert that is held.
-    rows = float(m.experts_per_token * m.num_experts)  # for each token
-    if m.dispatch == "capacity":
-        length = step.config.batch.sequence_length
-        rows = m.num_experts * moe.slots_per_expert(m, length, layout)[1] / length
+    rows = _product_rows(step, m)
     residual = layout.size("residual_seq") / layout.size("seq")
     add("router", each * D * m.num_experts / residual, step.policy != "none")
     add("experts", each * rows * 2 * D * F, step.again("mlp"))
-    add("experts", each * rows * D * F, 0)
+    add("experts", each * rows * D * F, 0, runs=step.forwards(needed=False))
     if m.shared_expert_dim:
         shared = m.shared_expert_dim / layout.size("mlp")
         add("mlp", each * 2 * D * shared, step.again("mlp"))
-        add("mlp", each * D * shared, 0)
+        add("mlp", each * D * shared, 0, runs=step.forwards(needed=False))
+
+
+def _product_rows(step: _Step, m: moe.Config) -> float:
+    """Rows of the experts' products for each token of a device.
+
+    XLA makes of a ragged product one masked product of all rows for each expert that is held; where
+    experts are split the rows are those of the largest exchange (parallel/experts.py).
+    """
+    if m.dispatch == "capacity":
+        length = step.config.batch.sequence_length
+        return m.num_experts * moe.slots_per_expert(m, length, step.layout)[1] / length
+    peers = step.layout.size("experts")
+    held = m.num_experts / peers
+    return held * (peers * min(m.experts_per_token, held) if peers > 1 else m.experts_per_token)
 
 
 def _attention(step: _Step, add, each: float, width: float) -> float:
@@ -174,19 +190,19 @@ def _attention(step: _Step, add, each: float, width: float) -> float:
     length = step.config.batch.sequence_length
     forward = each * 2 * length * visited(step.layout, m, length) * width
     again = step.again("attention")
+    runs = step.forwards(again)
     if backend == "splash":
         sizes = splash.block_sizes(length, m.head_dim * step.width)
-        add("attention", forward, again, 2.5 if sizes.use_fused_bwd_kernel else 3.5)
-        return forward * (
-            1 + (step.stages > 1) + again + (2.5 if sizes.use_fused_bwd_kernel else 3.5)
-        )
+        backward = 2.5 if sizes.use_fused_bwd_kernel else 3.5
+        add("attention", forward, again, backward)
+        return forward * (runs + again + backward)
     if backend == "cudnn":
         add("attention", forward, again, 2.5)
-        return forward * (1 + (step.stages > 1) + again + 2.5)
+        return forward * (runs + again + 2.5)
     if backend in ("ring", "all_gather"):  # scores once more, then five products
         add("attention", forward, again, 2.5)
     elif backend == "chunked":
-        add("attention", forward, again + 0.5, 2.0)
+        add("attention", forward, again + 0.5, 2.0, runs)
     else:
         add("attention", forward, step.policy != "none", 2.0)
     return 0.0
@@ -456,9 +472,9 @@ def _hbm_bytes(step: _Step, saved: float) -> float:
         shown = visited(layout, m, config.batch.sequence_length)
         scores = 4 * m.num_heads / layout.size("heads") * length * shown * WIDE / step.width
     # The passes of _flops: pipelines run forward once more, chunks and pieces make scores again.
-    passes = 2 + step.forwards + again
+    passes = 2 + step.forwards() + again
     remade = layout.attention.backend in ("chunked", "ring", "all_gather")
-    scores *= 2 + step.forwards + step.again("attention") + remade
+    scores *= 2 + step.forwards() + step.again("attention") + remade
     layer = step.tokens * L * step.width * (activations * passes + scores)
     rows = cfg.padded_vocab(m) / layout.size("vocab")
     head = step.tokens * rows * (3 * WIDE + 3 * step.width)
