@@ -141,6 +141,13 @@ def test_what_the_worker_says_of_a_mistake_is_kept(tmp_path):
     assert last_words(2, "noise\njaxlm: libtpu is missing\nlast\n") == "libtpu is missing"
     assert last_words(-6, "noise\n") == "target=cpu:8: the compiler crashed (signal 6)"
     assert last_words(1, "") == "target=cpu:8: compiling failed: no message"
+    refused = (
+        "  raise e\njax.errors.JaxRuntimeError: E1001: Oom:\nRan out of vmem.\nSee https://x.\n"
+    )
+    assert last_words(1, refused) == (
+        "target=cpu:8: compiling failed: "
+        "jax.errors.JaxRuntimeError: E1001: Oom: Ran out of vmem. See https://x."
+    )
 
 
 # The cache.

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -149,12 +150,14 @@ def _python_path() -> list[str]:
 def _last_words(done: subprocess.CompletedProcess, target: Target) -> str:
     """Why the worker failed, from the end of its standard error, in a line."""
     lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+    starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
+    words = " ".join(lines[starts[-1] if starts else -1 :])
     own = [line for line in lines if line.startswith("jaxlm: ")]
     if own:  # it names the key itself
         return own[-1].removeprefix("jaxlm: ")
     if done.returncode < 0:
         return f"target={target.text}: the compiler crashed (signal {-done.returncode})"
-    return f"target={target.text}: compiling failed: {lines[-1][:400]}"
+    return f"target={target.text}: compiling failed: {words[:400]}"
 
 
 def main(argv: list[str] | None = None) -> int:
