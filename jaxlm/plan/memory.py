@@ -406,8 +406,7 @@ def _activations(run: Run) -> list[tuple[str, float, bool]]:
     if backend == "splash":
         found.append(("attention", c * n * H * C, False))
     if backend == "xla":
-        kept = 1 + (run.habits.score_bytes or c) / WIDE
-        found.append(("scores", _scores(run) * kept, False))
+        found.append(("scores", _scores(run) * (1 + c / WIDE), False))  # with its weight
     else:
         found.append(("attention", WIDE * n * H, False))  # logs of the sums
     if model.qk_norm:
