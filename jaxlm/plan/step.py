@@ -1,0 +1,122 @@
+"""Numbers of a step that the formulas share (analytic.py, bytes_moved.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from jaxlm import config as cfg
+from jaxlm.attention import splash
+from jaxlm.attention.chunked import SPANS
+from jaxlm.models import moe
+from jaxlm.plan.target import Target
+from jaxlm.sharding import Layout
+from jaxlm.state import Structure
+
+WIDE = 4  # bytes of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The numbers that the formulas share."""
+
+    config: cfg.Config
+    layout: Layout
+    structure: Structure
+    target: Target
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.layout.axes)
+
+    @functools.cached_property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.layout.compute == "bfloat16" else WIDE
+
+    @functools.cached_property
+    def wire(self) -> int:
+        """Bytes of an activation or weight between devices: XLA on CPU sends float32."""
+        return WIDE if self.target.platform == "cpu" else self.width
+
+    @functools.cached_property
+    def reduce(self) -> int:
+        """Bytes of a gradient on its way between devices."""
+        narrow = self.layout.reduce == "bfloat16" and self.target.platform != "cpu"
+        return 2 if narrow else WIDE
+
+    @functools.cached_property
+    def tokens(self) -> float:
+        """Tokens of a device in a step."""
+        batch = self.config.batch
+        ways = self.layout.size("batch") * self.layout.size("seq")
+        return batch.sequences * batch.sequence_length / ways
+
+    @functools.cached_property
+    def stages(self) -> int:
+        return self.layout.size("layers")
+
+    @functools.cached_property
+    def bubble(self) -> float:
+        """Ticks of the pipeline for each that works (parallel/pipeline.py)."""
+        if self.stages == 1:
+            return 1.0
+        work = self.config.batch.microbatches * self.config.pipeline.repeats
+        return (work + self.stages - 1) / work
+
+    @property
+    def policy(self) -> str:
+        return self.config.remat.policy
+
+    def again(self, name: str) -> bool:
+        """Whether the backward pass computes this named activation a second time."""
+        if self.policy == "names":
+            return name not in self.config.remat.names
+        kept = ("query", "key", "value", "mlp", "output")
+        return self.policy == "full" or (self.policy == "dots" and name not in kept)
+
+    def forwards(self, again: bool = False, needed: bool = True) -> int:
+        """Runs of a part of the forward pass: pipelines do one more, to save inputs of layers.
+
+        Where a tick is one layer that one leaves out what is computed again, or is not `needed`.
+        """
+        deep = self.config.model.num_layers > self.stages * self.config.pipeline.repeats
+        return 1 + (self.stages > 1 and (deep or (needed and not again)))
+
+
+def visited(layout: Layout, m: cfg.Model, length: int) -> float:
+    """The part of all scores that an attention backend computes, of queries times keys."""
+    backend, window = layout.attention.backend, m.sliding_window
+    if backend == "splash":
+        sizes = splash.block_sizes(length, m.head_dim * 2)
+        rows, columns = length // sizes.block_q, length // (sizes.block_kv or length)
+        shown = 0
+        for row in range(rows):
+            last = -(-(row + 1) * columns // rows)
+            first = max(0, (row * sizes.block_q - window) * columns // length) if window else 0
+            shown += min(columns, last) - first
+        return shown / (rows * columns)
+    if backend == "chunked" and not window:
+        return (SPANS + 1) / (2 * SPANS)
+    if backend == "chunked":
+        return min(1.0, (window + length / SPANS) / length)
+    if backend == "cudnn":
+        return 0.5
+    if backend in ("ring", "all_gather"):  # halves of the pieces are skipped where hidden
+        ways = layout.size("seq")
+        return (2 * ways + 1) / (4 * ways) if not window else min(1.0, (window / length + 1 / ways))
+    return 1.0
+
+
+def product_rows(step: Step, m: moe.Config) -> float:
+    """Rows of the experts' products for each token of a device.
+
+    XLA makes of a ragged product one masked product of all rows for each expert that is held; where
+    experts are split the rows are those of the largest exchange (parallel/experts.py).
+    """
+    if m.dispatch == "capacity":
+        length = step.config.batch.sequence_length
+        return m.num_experts * moe.slots_per_expert(m, length, step.layout)[1] / length
+    peers = step.layout.size("experts")
+    held = m.num_experts / peers
+    return held * (peers * min(m.experts_per_token, held) if peers > 1 else m.experts_per_token)
