@@ -35,7 +35,7 @@ def analyze(config: cfg.Config, layout: Layout, structure: Structure, target: Ta
     return Cost(
         memory=largest(moments), flops=flops, kernel_flops=kernels,
         traffic=tuple(_traffic(step)), hbm_bytes=hbm_bytes(step, max(map(kept, moments))),
-        host_bytes=host_bytes(step),
+        host_bytes=host_bytes(step), masked=_masked(step),
     )  # fmt: skip
 
 
@@ -98,6 +98,21 @@ def _experts(step: Step, add, each: float) -> None:
         shared = m.shared_expert_dim / layout.size("mlp")
         add("mlp", each * 2 * D * shared, step.again("mlp"))
         add("mlp", each * D * shared, 0, runs=step.forwards(needed=False))
+
+
+def _masked(step: Step) -> float:
+    """Elements of rows that libtpu masks for each expert, as it reads them for a product.
+
+    Forward, and for the gradient of what `down` reads; of other products it masks the results.
+    """
+    m = step.config.model
+    if not isinstance(m, moe.Config) or m.dispatch != "dropless" or step.target.platform != "tpu":
+        return 0.0
+    D, F = m.embed_dim, m.expert_mlp_dim / step.layout.size("mlp")
+    ups, downs = step.forwards(step.again("mlp")), step.forwards(needed=False)
+    each = 2 * D * (ups + step.again("mlp")) + F * downs + D
+    L = m.num_layers / step.stages * step.bubble
+    return step.tokens * L * product_rows(step, m) * each
 
 
 def _attention(step: Step, add, each: float, width: float) -> float:

@@ -43,6 +43,7 @@ class Cost:
     traffic: tuple[Traffic, ...]
     hbm_bytes: float  # read from and written to device memory
     host_bytes: float  # to and from host memory
+    masked: float = 0.0  # elements that TPUs mask on their way into grouped products; by formulas
     compute_seconds: float = 0.0  # the compiler's own estimate of all but collectives; 0: none
     notes: tuple[str, ...] = ()  # what could not be counted
 

@@ -1,6 +1,6 @@
 """Seconds of a step: each of its parts over the rate at which the hardware does it.
 
-    matmuls, kernels    FLOPs over the peak
+    matmuls, kernels    FLOPs over the peak; on TPU with the masks of experts' products
     memory              bytes over the bandwidth of device memory
     links, network      bytes that nothing hides over the bandwidth of the wires
 
@@ -65,6 +65,7 @@ EFFICIENCIES = {  # platform -> what is known without a measurement
         "network": Efficiency(0.8, _NVLINK),
     },
 }  # fmt: skip
+_MASK = 0.115  # cycles of an element that is masked, in libtpu's estimates of experts on v5e
 PARTS = ("matmuls", "kernels", "memory", "links", "network", "overhead")
 
 
@@ -117,8 +118,9 @@ def terms(cost: Cost, target: Target) -> dict[str, float]:
     peak, memory = kind.bf16_flops, kind.hbm_bandwidth
     if target.platform == "cpu":  # products use all cores; all else one core for each device
         peak, memory = 1 / target.size, min(target.size, os.cpu_count() or 1) / target.size
+    masks = cost.masked * _MASK / kind.clock if kind.clock else 0.0
     return {
-        "matmuls": matmuls / peak, "kernels": cost.kernel_flops / peak,
+        "matmuls": matmuls / peak + masks, "kernels": cost.kernel_flops / peak,
         "memory": cost.hbm_bytes / memory, **wires,
         "overhead": sum(row.count for row in cost.traffic) + 1,
     }  # fmt: skip
