@@ -27,6 +27,7 @@ class Habits:
         0  # before there are gradients: a chunk's, two masks of it and their choice
     )
     scores: float = 2  # while a layer runs: two of scores, weights and their gradients
+    narrow_scores: bool = False  # and one of the two is of the compute type
     mlp: float = 2  # [n, F] while a layer runs
     stream: float = 6  # [n, D] while a layer runs: norms, projections and their gradients
     rows: tuple[float, float] = (0, 0)  # [R, F] and [R, D] while experts run, and are recomputed
@@ -55,7 +56,7 @@ HABITS = {
         turn_stays=True, zeros_twice=1, lanes=128, fast=128 * 2**20,
     ),
     "gpu": Habits(
-        logits=2, loss_logits=3.25, rows=(4, 0), masked=(2, 1), wide_head=True,
+        logits=2, loss_logits=3.25, rows=(4, 0), masked=(2, 1), narrow_scores=True, wide_head=True,
         wide_head_stays=True, zeros_twice=0.5,
     ),
     "cpu": Habits(

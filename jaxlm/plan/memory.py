@@ -320,14 +320,16 @@ def _logits(run: Run) -> float:
 def _layer(run: Run, mapped: bool, forward: bool = False) -> Sizes:
     """One layer at work: weights in use, activations and gradients on their way.
 
-    Under the map over stages each has a mask of its own microbatch, of the size of the scores.
+    Under the map over stages each has a mask of its own microbatch, as large as the weights.
     """
     habits, model = run.habits, run.config.model
     weights = run.c * sum(w.used / w.layers for w in run.stacked) * run.per_layer
     sparse = isinstance(model, moe.Config)
     # Two gradients before their reduction; grouped products give them in the compute type.
     gradients = 2 * (run.c if sparse else WIDE) * max(w.used / w.layers for w in run.stacked)
-    work = (habits.scores + mapped) * _scores(run) + run.c * run.n * habits.stream * model.embed_dim
+    narrow = run.c / WIDE if habits.narrow_scores else 1.0
+    scores = habits.scores - 1 + narrow + mapped * narrow
+    work = scores * _scores(run) + run.c * run.n * habits.stream * model.embed_dim
     if isinstance(model, moe.Config):
         work += _experts(run, model) * (0.5 if forward else 1)  # the backward pass has twice both
     else:
