@@ -19,9 +19,9 @@ LARGE = [
 ]  # 64 MiB, by two layers
 
 
-def warnings(kind: str, hosts: int, *overrides: str) -> list[str]:
+def warnings(kind: str, hosts: int, *overrides: str, model: str = "llama") -> list[str]:
     """Warnings on devices of a kind, in the order of the mesh, spread evenly over hosts."""
-    config = tiny.config("llama", *overrides)
+    config = tiny.config(model, *overrides)
     sizes = {axis: getattr(config.mesh, axis) for axis in cfg.AXES}
     count = int(np.prod(list(sizes.values())))
     platform = "tpu" if kind.startswith("TPU") else "gpu"
@@ -91,6 +91,18 @@ def test_tokens_that_pay_for_the_network():
         one.startswith("mesh.dcn={'data': 2}: 73984 tokens a step for each slice")
         and "74032" in one
     )
+
+
+def test_dropless_experts_that_XLA_multiplies_with_all_rows():
+    """Of Mixtral's test config: 4 experts, 2 for a token."""
+    ask = lambda kind, *more: [
+        line for line in warnings(kind, 1, *more, model="mixtral") if "dispatch" in line
+    ]
+    (one,) = ask("TPU v5")
+    assert one.startswith("model.dispatch=dropless: XLA multiplies rows by every expert")
+    assert "4 times the FLOPs" in one and "model.dispatch=capacity" in one
+    assert "2 times" in ask("NVIDIA H100", "mesh.expert=4")[0]  # one held, all peers' rows
+    assert ask("TPU v5", "model.dispatch=capacity") == ask("cpu") == []
 
 
 def test_the_check_prints_them(capsys):

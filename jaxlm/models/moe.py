@@ -184,6 +184,19 @@ def slots_per_expert(config: Config, length: int, layout: Layout) -> tuple[int, 
     return limit, -(-limit // ways) * ways
 
 
+def product_rows(config: Config, length: int, layout: Layout) -> float:
+    """Rows of the experts' products for each token of a device; `experts_per_token` are needed.
+
+    XLA makes of a ragged product one masked product of all rows for each expert that is held; where
+    experts are split the rows are those of the largest exchange (parallel/experts.py).
+    """
+    if config.dispatch == "capacity":
+        return config.num_experts * slots_per_expert(config, length, layout)[1] / length
+    peers, choices = layout.size("experts"), config.experts_per_token
+    held = config.num_experts / peers
+    return held * (peers * min(choices, held) if peers > 1 else choices)
+
+
 def statistics(c: Config, scores_BSE, logits_BSE, hit_BSKE, dropped_BS, real_BS) -> dict:
     """Losses, metrics and the load, over the tokens of a microbatch that are no padding.
 

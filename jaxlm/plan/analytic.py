@@ -17,7 +17,7 @@ from jaxlm.plan.collectives import WIRE
 from jaxlm.plan.cost import Cost, Traffic
 from jaxlm.plan.memory import largest, phases
 from jaxlm.plan.network import route
-from jaxlm.plan.step import WIDE, Step, product_rows, visited
+from jaxlm.plan.step import WIDE, Step, visited
 from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
@@ -89,7 +89,7 @@ def _experts(step: Step, add, each: float) -> None:
     m, layout = step.config.model, step.layout
     assert isinstance(m, moe.Config)
     D, F = m.embed_dim, m.expert_mlp_dim / layout.size("mlp")
-    rows = product_rows(step, m)
+    rows = moe.product_rows(m, step.config.batch.sequence_length, step.layout)
     residual = layout.size("residual_seq") / layout.size("seq")
     add("router", each * D * m.num_experts / residual, step.policy != "none")
     add("experts", each * rows * 2 * D * F, step.again("mlp"))
@@ -112,7 +112,9 @@ def _masked(step: Step) -> float:
     ups, downs = step.forwards(step.again("mlp")), step.forwards(needed=False)
     each = 2 * D * (ups + step.again("mlp")) + F * downs + D
     L = m.num_layers / step.stages * step.bubble
-    return step.tokens * L * product_rows(step, m) * each
+    return (
+        step.tokens * L * moe.product_rows(m, step.config.batch.sequence_length, step.layout) * each
+    )
 
 
 def _attention(step: Step, add, each: float, width: float) -> float:

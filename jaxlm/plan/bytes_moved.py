@@ -8,7 +8,7 @@ import math
 from jaxlm import config as cfg
 from jaxlm.models import moe
 from jaxlm.plan.habits import HABITS
-from jaxlm.plan.step import WIDE, Step, product_rows, visited
+from jaxlm.plan.step import WIDE, Step, visited
 
 
 def hbm_bytes(step: Step, saved: float) -> float:
@@ -73,7 +73,9 @@ def _layer_elements(step: Step, touches: _Touches, again: float) -> float:
         if m.dispatch == "dropless":
             wide, narrow = HABITS[step.target.platform].masked
             masked = wide * m.expert_mlp_dim / split + narrow * m.embed_dim
-            masked *= touches.masked * product_rows(step, m)
+            masked *= touches.masked * moe.product_rows(
+                m, step.config.batch.sequence_length, step.layout
+            )
     residual = layout.size("residual_seq") / layout.size("seq")
     # A pass reads and writes: the residual stream eight times, heads four, the MLP's hidden five.
     activations = 8 * m.embed_dim / residual + 2 * m.embed_dim + 4 * heads * m.head_dim + 5 * hidden

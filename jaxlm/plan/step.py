@@ -8,7 +8,6 @@ import functools
 from jaxlm import config as cfg
 from jaxlm.attention import splash
 from jaxlm.attention.chunked import SPANS
-from jaxlm.models import moe
 from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
@@ -106,17 +105,3 @@ def visited(layout: Layout, m: cfg.Model, length: int) -> float:
         ways = layout.size("seq")
         return (2 * ways + 1) / (4 * ways) if not window else min(1.0, (window / length + 1 / ways))
     return 1.0
-
-
-def product_rows(step: Step, m: moe.Config) -> float:
-    """Rows of the experts' products for each token of a device.
-
-    XLA makes of a ragged product one masked product of all rows for each expert that is held; where
-    experts are split the rows are those of the largest exchange (parallel/experts.py).
-    """
-    if m.dispatch == "capacity":
-        length = step.config.batch.sequence_length
-        return m.num_experts * moe.slots_per_expert(m, length, step.layout)[1] / length
-    peers = step.layout.size("experts")
-    held = m.num_experts / peers
-    return held * (peers * min(m.experts_per_token, held) if peers > 1 else m.experts_per_token)
