@@ -358,8 +358,10 @@ def may_overwrite(module: Module, each: Instruction) -> Iterator[tuple[int, int]
     for parameter in called.instructions:
         if parameter.opcode == "parameter" and len(parameter.shapes) == 1:
             if _elementwise(parameter, users):
+                mine = parameter.shapes[0]
                 for i, output in enumerate(outputs):
-                    if output.shapes[0].padded_bytes == parameter.shapes[0].padded_bytes:
+                    other = output.shapes[0]
+                    if other.dims == mine.dims and other.padded_bytes == mine.padded_bytes:
                         yield i, int(parameter.arguments)
 
 
