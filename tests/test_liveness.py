@@ -56,6 +56,23 @@ def test_a_result_may_lie_where_its_operand_was_read_last():
     assert max(live_bytes(*lines[:4], "  ROOT %d = f32[] custom-call(%b)", "}")) == 2 * 1024 + 4
 
 
+def test_a_fusion_overwrites_operands_of_its_shape_alone():
+    fused = lambda shape: [
+        "%f (a: f32[4,256]) -> " + shape + " {",
+        "  %a = f32[4,256]{1,0} parameter(0)",
+        "  %n = f32[4,256]{1,0} negate(%a)",
+        "  ROOT %b = " + shape + " bitcast(%n)",
+        "}",
+        "ENTRY %e (p: f32[4,256]) -> " + shape + " {",
+        "  %p = f32[4,256]{1,0} parameter(0)",
+        "  %x = f32[4,256]{1,0} custom-call(%p)",
+        "  ROOT %y = " + shape + " fusion(%x), kind=kLoop, calls=%f",
+        "}",
+    ]
+    assert max(live_bytes(*fused("f32[4,256]{1,0}"))) == 2 * 4096
+    assert max(live_bytes(*fused("f32[1024]{0}"))) == 3 * 4096
+
+
 def test_tiles_pad_and_other_memories_do_not_count():
     lines = [
         "ENTRY %e (p: f32[3,100]) -> f32[] {",
