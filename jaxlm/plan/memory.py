@@ -132,7 +132,13 @@ def _weight(
 ) -> Weight:
     shape, dims, sizes = structure.shapes[name], structure.dims[name], dict(layout.axes)
     rest, total = layout.stored_axes(dims), math.prod(shape)
-    padding = _up(shape[-1], lanes) / shape[-1] if dims.endswith(" head_dim") else 1
+    padding, kinds = 1.0, dims.split()
+    if "head_dim" in kinds:  # a last one stays the last; of `output` the better of two is
+        padding = _up(shape[kinds.index("head_dim")], lanes) / shape[kinds.index("head_dim")]
+        if kinds[-1] == "embed":
+            others = {axis for kind in kinds[:-1] for axis in layout.dim_axes(kind)}
+            here = shape[-1] / math.prod(sizes[axis] for axis in rest - others)
+            padding = min(padding, _up(math.ceil(here), lanes) / here)
     return Weight(
         name,
         stored=total // math.prod(sizes[axis] for axis in rest),
@@ -279,7 +285,7 @@ def _layer_gradients(run: Run) -> float:
     """Gradients of the layers that run backward together, as their loop stacks them."""
     layers = [w for w in run.stacked if w.trained]
     if run.per_layer:
-        return WIDE * sum(w.stored for w in layers) / run.config.pipeline.repeats
+        return WIDE * sum(w.stored * w.padding for w in layers) / run.config.pipeline.repeats
     return run.c * sum(w.used for w in layers)
 
 
