@@ -45,11 +45,14 @@ def programs(mesh: Mesh) -> dict:
         local = lambda x: jax.lax.fori_loop(0, L, hop, x)
         return jax.shard_map(local, in_specs=P("x"), out_specs=P("x"))(x)
 
-    def swap(x):
-        local = lambda x: jax.lax.all_to_all(x, "x", 1, 0, tiled=True)
-        return jax.shard_map(local, in_specs=P("x", None), out_specs=P("x", None))(x)
+    def experts(x, ws):
+        """Rows to the device of their expert, through its weights, and back."""
+        swap = lambda x, to, back: jax.lax.all_to_all(x, "x", to, back, tiled=True)
+        local = lambda x, w: swap(jnp.tanh(swap(x, 1, 0) @ w[0]), 0, 1)
+        specs = P("x", None), P("x", None, None)
+        return jax.shard_map(local, in_specs=specs, out_specs=P("x", None))(x, ws)
 
-    weights, rows = array(L, N, N), array(N, N, spec=P("x", None))
+    weights, rows, part = array(L, N, N), array(N, N, spec=P("x", None)), N // mesh.size
     return {
         "dense": (lambda x, w: x @ w, (array(N, N), array(N, 2 * N))),
         "scan": (run, (array(N, N), weights)),
@@ -63,7 +66,7 @@ def programs(mesh: Mesh) -> dict:
                            array(L, N, N, spec=P(None, "x", None)))),
         ),
         "ring": (ring, (rows,)),
-        "experts": (swap, (rows,)),
+        "experts": (experts, (rows, array(mesh.size, part, part, spec=P("x", None, None)))),
     }  # fmt: skip
 
 

@@ -55,6 +55,7 @@ FLOPS = {
     "remat": 4 * L * PRODUCT,
     "fsdp": L * PRODUCT / DEVICES,
     "tensor": 2 * L * PRODUCT / DEVICES,
+    "experts": PRODUCT / DEVICES**2,
 }
 
 
@@ -71,7 +72,7 @@ BYTES = {  # of results in a run, by kind: every weight gathered, every sum, eve
     "fsdp": ("all-gather", 4 * L * N * N),
     "tensor": ("all-reduce", 4 * L * N * N),
     "ring": ("collective-permute", 4 * L * N * N // DEVICES),
-    "experts": ("all-to-all", 4 * N * N // DEVICES),
+    "experts": ("all-to-all", 2 * 4 * N * N // DEVICES),
 }
 
 
