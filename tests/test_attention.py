@@ -186,8 +186,8 @@ def test_chunked_memory_grows_linearly():
     assert flat[-1] < whole[-1] / 20
 
 
-def test_chunked_makes_masks_chunk_by_chunk():
-    """They depend on no input that has a gradient, so autodiff would make all of them early."""
+def test_chunked_makes_masks_chunk_by_chunk_and_transposes_no_scores():
+    """Masks depend on no input that has a gradient: autodiff would make all of them early."""
     mesh, layout = open_layout(2, 1, 8, chunk=32)
     with jax.set_mesh(mesh):
         q, k, v, _, ids = make_inputs(mesh, layout, (1, 512, 2, 8), 1, True)

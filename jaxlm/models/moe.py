@@ -187,14 +187,17 @@ def slots_per_expert(config: Config, length: int, layout: Layout) -> tuple[int, 
 def product_rows(config: Config, length: int, layout: Layout) -> float:
     """Rows of the experts' products for each token of a device; `experts_per_token` are needed.
 
-    XLA makes of a ragged product one masked product of all rows for each expert that is held; where
-    experts are split the rows are those of the largest exchange (parallel/experts.py).
+    XLA makes of a ragged product one masked product of all rows for each expert that is held.
     """
     if config.dispatch == "capacity":
         return config.num_experts * slots_per_expert(config, length, layout)[1] / length
+    return config.num_experts / layout.size("experts") * dropless_rows(config, layout)
+
+
+def dropless_rows(config: Config, layout: Layout) -> float:
+    """Rows that a device's dropless experts take for each of its tokens: the largest exchange."""
     peers, choices = layout.size("experts"), config.experts_per_token
-    held = config.num_experts / peers
-    return held * (peers * min(choices, held) if peers > 1 else choices)
+    return peers * min(choices, config.num_experts / peers) if peers > 1 else choices
 
 
 def statistics(c: Config, scores_BSE, logits_BSE, hit_BSKE, dropped_BS, real_BS) -> dict:

@@ -15,9 +15,10 @@ from jaxlm.models import moe
 from jaxlm.plan.bytes_moved import hbm_bytes, host_bytes
 from jaxlm.plan.collectives import WIRE
 from jaxlm.plan.cost import Cost, Traffic
+from jaxlm.plan.habits import WIDE
 from jaxlm.plan.memory import largest, phases
 from jaxlm.plan.network import route
-from jaxlm.plan.step import WIDE, Step, visited
+from jaxlm.plan.step import Step, visited
 from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure

@@ -7,8 +7,8 @@ import math
 
 from jaxlm import config as cfg
 from jaxlm.models import moe
-from jaxlm.plan.habits import HABITS
-from jaxlm.plan.step import WIDE, Step, visited
+from jaxlm.plan.habits import HABITS, WIDE
+from jaxlm.plan.step import Step, visited
 
 
 def hbm_bytes(step: Step, saved: float) -> float:

@@ -360,12 +360,11 @@ def _scores(run: Run) -> float:
 
 def _rows(run: Run, model: moe.Config) -> float:
     """Rows of a buffer that takes whatever the peers may send (parallel/experts.py)."""
-    peers, length = run.layout.size("experts"), run.config.batch.sequence_length
+    length = run.config.batch.sequence_length
     if model.dispatch == "capacity":
         _, stride = moe.slots_per_expert(model, length, run.layout)
         return run.n * run.layout.size("seq") / length * model.num_experts * stride
-    choices, held = model.experts_per_token, model.num_experts / peers
-    return run.n * (peers * min(choices, held) if peers > 1 else choices)
+    return run.n * moe.dropless_rows(model, run.layout)
 
 
 def _experts(run: Run, model: moe.Config) -> float:

@@ -8,11 +8,10 @@ import functools
 from jaxlm import config as cfg
 from jaxlm.attention import splash
 from jaxlm.attention.chunked import SPANS
+from jaxlm.plan.habits import WIDE
 from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
-
-WIDE = 4  # bytes of float32
 
 
 @dataclasses.dataclass(frozen=True)
