@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import attention
 from jaxlm import config as cfg
+from jaxlm.models import config_json
 from jaxlm.models.layers import LayerNorm, RMSNorm, constant, normal
 from jaxlm.sharding import Layout
 
@@ -120,35 +121,47 @@ NAMES: dict[str, tuple[str, str]] = {
     "groups.0.0.down": ("fd->fd", _LAYER + "mlp.c_proj.weight"),
     "groups.0.0.down_bias": ("d->d", _LAYER + "mlp.c_proj.bias"),
 }
-_REFUSED = (("scale_attn_by_inverse_layer_idx", False), ("reorder_and_upcast_attn", False))
-_REFUSED += (("add_cross_attention", False), ("scale_attn_weights", True))
+_REFUSED = dict(  # what works, which is the default of transformers too
+    scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False,
+    add_cross_attention=False, scale_attn_weights=True,
+)  # fmt: skip
+_DEFAULTS = _REFUSED | dict(  # of transformers, where config.json lacks the key
+    n_embd=768, n_layer=12, n_head=12, n_positions=1024, vocab_size=50257,
+    activation_function="gelu_new", layer_norm_epsilon=1e-5, initializer_range=0.02,
+    tie_word_embeddings=True,
+)  # fmt: skip
+_OTHER_NAMES = dict(  # transformers reads both, these over those
+    hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+    max_position_embeddings="n_positions",
+)  # fmt: skip
 
 
 def from_hugging_face(hf: dict) -> dict:
     """The values of `model:` for a config.json; UserError for what this family lacks."""
-    for key, supported in _REFUSED:
-        if hf.get(key, supported) != supported:
-            raise cfg.UserError(f"{key}={hf[key]} is not supported; {supported} is")
-    kinds = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
-    if hf.get("activation_function", kinds[0]) not in kinds:
-        found = hf["activation_function"]
-        raise cfg.UserError(f"activation_function={found} is not supported; {kinds[0]} is")
-    heads, width = hf["n_head"], hf["n_embd"]
+    hf = hf | {name: hf[other] for other, name in _OTHER_NAMES.items() if other in hf}
+    found = config_json.read(hf, _DEFAULTS, {"n_inner": int})
+    for key, supported in _REFUSED.items():
+        if found[key] != supported:
+            raise cfg.UserError(f"{key}={found[key]} is not supported; {supported} is")
+    kind, kinds = found["activation_function"], ("gelu_new", "gelu_pytorch_tanh")
+    if kind not in kinds:  # two names of one function
+        raise cfg.UserError(f"activation_function={kind} is not supported; {kinds[0]} is")
+    heads, width = found["n_head"], found["n_embd"]
     if width % heads:
         raise cfg.UserError(f"n_embd={width} is not divisible by n_head={heads}")
     return {
         "family": "gpt2",
-        "num_layers": hf["n_layer"],
+        "num_layers": found["n_layer"],
         "embed_dim": width,
         "num_heads": heads,
         "num_kv_heads": heads,
         "head_dim": width // heads,
-        "mlp_dim": hf.get("n_inner") or 4 * width,
-        "vocab_size": hf["vocab_size"],
-        "tie_embeddings": hf.get("tie_word_embeddings", True),
-        "norm_epsilon": hf.get("layer_norm_epsilon", 1e-5),
-        "init_std": hf.get("initializer_range", 0.02),
-        "max_positions": hf.get("n_positions", 1024),
+        "mlp_dim": found["n_inner"] or 4 * width,
+        "vocab_size": found["vocab_size"],
+        "tie_embeddings": found["tie_word_embeddings"],
+        "norm_epsilon": found["layer_norm_epsilon"],
+        "init_std": found["initializer_range"],
+        "max_positions": found["n_positions"],
     }
 
 

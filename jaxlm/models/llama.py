@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, D embed, H query heads, K kv heads, C head_dim, F m
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import config as cfg
+from jaxlm.models import config_json
 from jaxlm.models.layers import (
     RMSNorm,
     SelfAttention,
@@ -122,51 +125,83 @@ NAMES: dict[str, tuple[str, str]] = {
 }
 
 
+_DEFAULTS = dict(  # of transformers, where config.json lacks the key
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    vocab_size=32000, hidden_act="silu", rms_norm_eps=1e-6, initializer_range=0.02,
+    tie_word_embeddings=False, attention_bias=False, mlp_bias=False, max_position_embeddings=2048,
+)  # fmt: skip
+
+
 def from_hugging_face(hf: dict) -> dict:
     """The values of `model:` for a config.json; UserError for what this family lacks."""
+    found = config_json.read(hf, _DEFAULTS, {"num_key_value_heads": int, "head_dim": int})
     for key in ("attention_bias", "mlp_bias"):
-        if hf.get(key):
-            raise cfg.UserError(f"{key}={hf[key]} is not supported: Llama here has no biases")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise cfg.UserError(f"hidden_act={hf['hidden_act']} is not supported; silu is")
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+        if found[key]:
+            raise cfg.UserError(f"{key}={found[key]} is not supported: Llama here has no biases")
     return {
         "family": "llama",
-        "num_layers": hf["num_hidden_layers"],
-        "embed_dim": width,
-        "num_heads": heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": hf.get("head_dim") or width // heads,
-        "mlp_dim": hf["intermediate_size"],
-        "vocab_size": hf["vocab_size"],
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-        "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
-        "init_std": hf.get("initializer_range", 0.02),
-        **rope_from_hugging_face(hf),
+        "mlp_dim": found["intermediate_size"],
+        **shared_from_hugging_face(found),
+        **rope_from_hugging_face(hf, 10000.0),
     }
 
 
-def rope_from_hugging_face(hf: dict) -> dict:
-    """Of rope_parameters (transformers 5), or of rope_theta and rope_scaling."""
-    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+def shared_from_hugging_face(found: dict) -> dict:
+    """What Llama's relatives read alike, of the values in config.json."""
+    if found["hidden_act"] not in ("silu", "swish"):  # two names of one function
+        raise cfg.UserError(f"hidden_act={found['hidden_act']} is not supported; silu is")
+    heads, width = found["num_attention_heads"], found["hidden_size"]
+    return {
+        "num_layers": found["num_hidden_layers"],
+        "embed_dim": width,
+        "num_heads": heads,
+        "num_kv_heads": found["num_key_value_heads"] or heads,
+        "head_dim": found["head_dim"] or width // heads,
+        "vocab_size": found["vocab_size"],
+        "tie_embeddings": found["tie_word_embeddings"],
+        "norm_epsilon": found["rms_norm_eps"],
+        "init_std": found["initializer_range"],
+    }
+
+
+def rope_from_hugging_face(hf: dict, theta: float) -> dict:
+    """Of rope_theta (its default is `theta`), and rope_scaling or, in transformers 5,
+    rope_parameters; where both are there, the former is read.
+    """
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(key) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise cfg.UserError(f"{key}.rope_type={kind} is not supported; default and llama3 are")
+        shown = kind if isinstance(kind, str) else json.dumps(kind)
+        raise cfg.UserError(f"{key}.rope_type={shown} is not supported; default and llama3 are")
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise cfg.UserError(f"partial_rotary_factor={partial} is not supported; 1 is")
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    if "rope_theta" not in rope:
+        rope = rope | config_json.read(hf, {"rope_theta": theta})
     if kind == "default":
-        return {"rope_theta": theta}
+        return {"rope_theta": _number(rope, key, "rope_theta")}
+    original = "original_max_position_embeddings"
+    rope = {original: hf.get("max_position_embeddings", 2048)} | rope
+    rope |= {key: value for key, value in hf.items() if key == original}
     return {
-        "rope_theta": theta,
+        "rope_theta": _number(rope, key, "rope_theta"),
         "rope_scaling": "llama3",
-        "rope_factor": rope["factor"],
-        "rope_low_freq_factor": rope["low_freq_factor"],
-        "rope_high_freq_factor": rope["high_freq_factor"],
-        "rope_original_length": rope["original_max_position_embeddings"],
+        "rope_factor": _number(rope, key, "factor"),
+        "rope_low_freq_factor": _number(rope, key, "low_freq_factor"),
+        "rope_high_freq_factor": _number(rope, key, "high_freq_factor"),
+        "rope_original_length": _number(rope, key, original),
     }
+
+
+def _number(rope: dict, where: str, key: str) -> float:
+    """A value that transformers needs as a number."""
+    if not config_json.has_type(rope[key], float):
+        raise cfg.UserError(
+            f"{where}.{key}={json.dumps(rope[key])} is not a number, and transformers too fails "
+            "on it; write the model's value"
+        )
+    return rope[key]
 
 
 def to_hugging_face(config: Config, max_positions: int = 2048) -> dict:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm import config as cfg
-from jaxlm.models import moe
+from jaxlm.models import config_json, moe
 from jaxlm.models.moe import (
     IGNORED,
     PREFIX,
@@ -33,16 +33,24 @@ NAMES: dict[str, tuple[str, str]] = moe.NAMES | {
 }
 
 
+_DEFAULTS = moe.DEFAULTS | dict(
+    hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=32000,
+    rms_norm_eps=1e-5, num_local_experts=8, num_experts_per_tok=2, router_jitter_noise=0.0,
+    max_position_embeddings=131072,
+)  # fmt: skip
+
+
 def from_hugging_face(hf: dict) -> dict[str, Any]:
     """The values of `model:` for a config.json; UserError for what this family lacks."""
-    if hf.get("router_jitter_noise"):
-        noise = hf["router_jitter_noise"]
+    hf = moe.both_counts(hf, "num_local_experts")
+    found = config_json.read(hf, _DEFAULTS, {"head_dim": int, "sliding_window": int})
+    if noise := found["router_jitter_noise"]:
         raise cfg.UserError(f"router_jitter_noise={noise} is not supported; 0 is")
-    return moe.from_hugging_face(hf) | {
+    return moe.from_hugging_face(hf, found, 1e6) | {
         "family": "mixtral",
-        "num_experts": hf["num_local_experts"],
-        "expert_mlp_dim": hf["intermediate_size"],
-        "sliding_window": hf.get("sliding_window") or 0,
+        "num_experts": found["num_local_experts"],
+        "expert_mlp_dim": found["intermediate_size"],
+        "sliding_window": found["sliding_window"] or 0,
     }
 
 

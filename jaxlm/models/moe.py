@@ -261,28 +261,31 @@ NAMES: dict[str, tuple[str, str]] = {
 }
 
 
-def from_hugging_face(hf: dict) -> dict[str, Any]:
-    """The values of `model:` that the families read alike."""
-    if hf.get("hidden_act", "silu") != "silu":
-        raise cfg.UserError(f"hidden_act={hf['hidden_act']} is not supported; silu is")
-    rope = llama.rope_from_hugging_face(hf)
+DEFAULTS = dict(  # of transformers, where config.json lacks the key
+    num_hidden_layers=32, num_attention_heads=32, hidden_act="silu", initializer_range=0.02,
+    tie_word_embeddings=False, router_aux_loss_coef=0.001,
+)  # fmt: skip
+
+
+def from_hugging_face(hf: dict, found: dict[str, Any], theta: float) -> dict[str, Any]:
+    """The values of `model:` that the families read alike, of config.json and of what was read of
+    it; `theta` is the default of rope_theta.
+    """
+    rope = llama.rope_from_hugging_face(hf, theta)
     if rope.get("rope_scaling", "none") != "none":
         raise cfg.UserError("rope_scaling is not supported here; null is")
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
     return {
-        "num_layers": hf["num_hidden_layers"],
-        "embed_dim": width,
-        "num_heads": heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": hf.get("head_dim") or width // heads,
-        "vocab_size": hf["vocab_size"],
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-        "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
-        "init_std": hf.get("initializer_range", 0.02),
-        "experts_per_token": hf["num_experts_per_tok"],
-        "balance_coefficient": hf.get("router_aux_loss_coef", 0.001),
+        **llama.shared_from_hugging_face(found),
+        "experts_per_token": found["num_experts_per_tok"],
+        "balance_coefficient": found["router_aux_loss_coef"],
         **rope,
     }
+
+
+def both_counts(hf: dict, name: str) -> dict:
+    """config.json with the number of experts under this name: transformers reads both names."""
+    other = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}[name]
+    return hf | {name: hf[other]} if other in hf else hf
 
 
 def refuse_export(config: Config, name: str, wanted: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm import config as cfg
-from jaxlm.models import moe
+from jaxlm.models import config_json, moe
 from jaxlm.models.moe import (
     IGNORED,
     PREFIX,
@@ -35,24 +35,34 @@ NAMES: dict[str, tuple[str, str]] = moe.NAMES | {
 }
 
 
+_DEFAULTS = moe.DEFAULTS | dict(
+    hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, num_key_value_heads=4,
+    vocab_size=151936, rms_norm_eps=1e-6, num_experts=128, num_experts_per_tok=8,
+    moe_intermediate_size=768, norm_topk_prob=False, decoder_sparse_step=1, attention_bias=False,
+    use_sliding_window=False, max_position_embeddings=32768,
+)  # fmt: skip
+
+
 def from_hugging_face(hf: dict) -> dict[str, Any]:
     """The values of `model:` for a config.json; UserError for what this family lacks."""
+    hf = moe.both_counts(hf, "num_experts")
+    width = {"head_dim": 0} if "head_dim" in hf else {}  # transformers refuses null, unlike absence
+    found = config_json.read(hf, _DEFAULTS | width, {} if width else {"head_dim": int})
     for key, works in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
-        if hf.get(key, works) != works:
+        if (hf.get(key) or works) != works:
             raise cfg.UserError(
                 f"{key}={hf[key]} is not supported; {works} is: all layers have experts"
             )
     for key in ("attention_bias", "use_sliding_window"):
-        if hf.get(key):
-            raise cfg.UserError(f"{key}={hf[key]} is not supported; false is")
-    count = "num_experts" if "num_experts" in hf else "num_local_experts"  # the latter: version 5
-    return moe.from_hugging_face(hf) | {
+        if found[key]:
+            raise cfg.UserError(f"{key}={found[key]} is not supported; false is")
+    return moe.from_hugging_face(hf, found, 10000.0) | {
         "family": "qwen3_moe",
         "qk_norm": True,
-        "num_experts": hf[count],
-        "mlp_dim": hf.get("intermediate_size", 0),
-        "expert_mlp_dim": hf["moe_intermediate_size"],
-        "normalize_gates": hf.get("norm_topk_prob", False),
+        "num_experts": found["num_experts"],
+        "mlp_dim": found["intermediate_size"],
+        "expert_mlp_dim": found["moe_intermediate_size"],
+        "normalize_gates": found["norm_topk_prob"],
     }
 
 
