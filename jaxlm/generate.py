@@ -3,8 +3,8 @@
 Prompts are padded on the right. A row's tokens sit at its own positions 0, 1, ..., and a query sees
 keys up to its position, so that padding is never seen: it lies behind, until it is overwritten.
 
-Shapes: B batch, S padded prompt, N tokens to generate, V padded vocabulary, D embed; in the cache
-L layers, T slots, K kv heads, C head_dim.
+Shapes: B batch, S padded prompt, N tokens to generate, V padded vocabulary, D embed, E tokens that
+end a text; in the cache L layers, T slots, K kv heads, C head_dim.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm import config as cfg
 from jaxlm import devices
 from jaxlm.attention.xla import CACHE
-from jaxlm.data import Tokenizer, decode, encode
+from jaxlm.data import Tokenizer, decode, encode_prompt
 from jaxlm.models import family_module
 from jaxlm.models.decoder import Decoder, logits
 from jaxlm.sharding import Layout
@@ -48,30 +49,48 @@ def generate_text(
     top_k: int = 0, top_p: float = 1.0, seed: int = 0,
 ) -> list[str]:  # fmt: skip
     """What follows each prompt, up to the end of the document or this many tokens."""
+    inputs = encode_prompts(tokenizer, prompts)
+    ends = [end for end in (tokenizer.eos, *tokenizer.separators.stop) if end is not None]
     rows = generate_tokens(
-        config, structure, layout, mesh, params, encode_prompts(tokenizer, prompts), tokens=tokens,
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos=tokenizer.eos,
+        config, structure, layout, mesh, params, inputs, tokens=tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, seed=seed, eos=ends,
     )  # fmt: skip
-    return [decode(tokenizer, row) for row in rows]
+    return [continuation(tokenizer, *one) for one in zip(prompts, inputs, rows, strict=True)]
+
+
+def continuation(tokenizer: Tokenizer, prompt: str, read: list[int], made: list[int]) -> str:
+    """The text of the tokens made after those read, so that prompt + text reads as one text.
+
+    Decoded alone they would lose what a decoder drops at the start of a text: SentencePiece's
+    first space.
+    """
+    before, whole = decode(tokenizer, read), decode(tokenizer, read + made)
+    # Where a tokenizer drops spaces at the end of the prompt, the continuation may bring them back.
+    for start in (prompt, before) if prompt.startswith(before) else (before,):
+        if whole.startswith(start):
+            return whole[len(start) :]
+    # Bytes of an unfinished character made unreadable those of the prompt before them.
+    return decode(tokenizer, made)
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
-    """The tokens of each prompt, after the one that starts a document if there is one."""
-    if tokenizer.bos is None and not all(prompts):
-        raise cfg.UserError(
-            "prompt '' is empty, and the tokenizer has no token that starts a document; "
-            "give it text to continue"
-        )
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    return [start + encode(tokenizer, prompt).tolist() for prompt in prompts]
+    """The tokens of each prompt, after those that start a text."""
+    found = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for prompt, tokens in zip(prompts, found, strict=True):
+        if not tokens:
+            raise cfg.UserError(
+                f"prompt {prompt!r} is empty, and the tokenizer has no token that starts a "
+                "document; give it text to continue"
+            )
+    return found
 
 
 def generate_tokens(
     config: cfg.Config, structure: Structure, layout: Layout, mesh: Mesh, params: Arrays,
     prompts: list[list[int]], *, tokens: int, temperature: float = 0.0, top_k: int = 0,
-    top_p: float = 1.0, seed: int = 0, eos: int | None = None,
+    top_p: float = 1.0, seed: int = 0, eos: int | Sequence[int] | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Up to `tokens` tokens after each prompt, without the eos that ends a row early.
+    """Up to `tokens` tokens after each prompt, without the eos (any of them) that ends a row early.
 
     Every process calls this with the same prompts and gets all rows. A row's sample depends on the
     seed, its place in the list and its prompt, but not on other rows nor on the mesh.
@@ -93,7 +112,7 @@ def generate_tokens(
         program = make_program(layout, tokens, sampling, devices.kind(mesh).compiler_options)
         out_BN = program(
             structure.merge(params), place(prompts_BS, "batch _"), place(lengths_B, "batch"),
-            np.uint32(seed), np.int32(NOTHING if eos is None else eos),
+            np.uint32(seed), np.atleast_1d(np.asarray(NOTHING if eos is None else eos, np.int32)),
         )  # fmt: skip
         rows = np.asarray(out_BN)[: len(prompts)]
     return [row[row != NOTHING].tolist() for row in rows]
@@ -167,16 +186,16 @@ def pad(prompts: list[list[int]], multiple: int) -> tuple[np.ndarray, np.ndarray
 
 @functools.lru_cache
 def make_program(layout: Layout, tokens: int, sampling: Sampling, options: tuple):
-    """jit(model, prompts_BS, lengths_B, seed, eos) -> out_BN, on every device; made once."""
+    """jit(model, prompts_BS, lengths_B, seed, eos_E) -> out_BN, on every device; made once."""
 
-    def program(model: Decoder, prompts_BS, lengths_B, seed, eos):
+    def program(model: Decoder, prompts_BS, lengths_B, seed, eos_E):
         model = cast(model, layout.compute)
         scores_BV, cache = read_prompts(model, prompts_BS, lengths_B, layout, tokens)
         done_B, rank_N = lengths_B == 0, jnp.arange(tokens)
 
         def put(n, scores_BV, done_B, out_BN):
             token_B = choose(scores_BV, sampling, seed, n)
-            done_B |= token_B == eos
+            done_B |= jnp.any(token_B[:, None] == eos_E, axis=1)
             new_BN = (rank_N == n) & ~done_B[:, None]
             return token_B, done_B, jnp.where(new_BN, token_B[:, None], out_BN)
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxlm import checkpoint, configfile
 from jaxlm import config as cfg
-from jaxlm.data import Tokenizer, load, load_tokenizer, prepare_corpus
+from jaxlm.data import Tokenizer, load, load_tokenizer, prepare_corpus, separators
 from jaxlm.sharding import Layout, place
 from jaxlm.state import (
     Arrays,
@@ -83,10 +83,30 @@ def write_config(config: cfg.Config) -> Path:
     return run_dir
 
 
-def keep_tokenizer(run_dir: Path, source: str | os.PathLike) -> None:
-    """Copy tokenizer.json into the run directory, so that the run can be moved alone."""
+def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer and its separators into the run directory, so that it moves alone."""
     if jax.process_index() == 0:
-        _replace(run_dir / "tokenizer.json", Path(source, "tokenizer.json").read_bytes())
+        around = separators.as_json(tokenizer.separators, tokenizer.sha256)
+        _replace(run_dir / separators.FILE, around)
+        _replace(run_dir / "tokenizer.json", tokenizer.data)
+
+
+def training_tokenizer(config: cfg.Config) -> Tokenizer:
+    """The tokenizer of a run's dataset; texts end also where those of its first weights did.
+
+    An imported model may have more tokens that end a text than the one that ends documents.
+    """
+    tokenizer = load_tokenizer(config.data.path)
+    first = [config.checkpoint.start_from] if config.checkpoint.start_from else []
+    for directory in (cfg.run_dir(config), *map(Path, first)):
+        if not (directory / separators.FILE).is_file():
+            continue
+        if (before := load_tokenizer(directory)).sha256 == tokenizer.sha256:
+            ends = (before.eos, *before.separators.stop)
+            stop = tuple(end for end in ends if end not in (None, tokenizer.eos))
+            around = dataclasses.replace(tokenizer.separators, stop=stop)
+            return dataclasses.replace(tokenizer, separators=around)
+    return tokenizer
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -181,7 +181,8 @@ def train(config: cfg.Config) -> None:
     with jax.set_mesh(mesh):
         shardings = batch_shardings(config, layout, mesh)
         held_out = make_evaluation(config, structure, layout, shardings, options)
-        write_samples = make_sampling(config, structure, layout, mesh)
+        tokenizer = run.training_tokenizer(config)
+        write_samples = make_sampling(config, structure, layout, mesh, tokenizer)
         state, start = run.first_state(config, layout, optimizer, mesh, facts)
         batches = load.batches(
             training, config.batch, config.seed, shardings, start,
@@ -190,7 +191,7 @@ def train(config: cfg.Config) -> None:
         )  # fmt: skip
         if start < config.steps:
             run.write_config(config)
-            run.keep_tokenizer(run_dir, config.data.path)
+            run.keep_tokenizer(run_dir, tokenizer)
         manager = checkpoint.open_manager(run_dir / "checkpoints", config.checkpoint)
         due = lambda step, every: step == config.steps or (every and step % every == 0)
 
@@ -266,9 +267,10 @@ def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, sh
     return held_out
 
 
-def make_sampling(config: cfg.Config, structure: Structure, layout: Layout, mesh: Mesh):
+def make_sampling(
+    config: cfg.Config, structure: Structure, layout: Layout, mesh: Mesh, tokenizer: data.Tokenizer
+):
     """state -> [(prompt, text)]: sample.prompts, continued."""
-    tokenizer = data.load_tokenizer(config.data.path)
     sample = config.sample
     if sample.every:  # a mistake in the prompts must not stop a run half-way
         prompts = generate.encode_prompts(tokenizer, list(sample.prompts))

@@ -6,7 +6,7 @@ Only load.py needs jax, and it is not imported here so that `jaxlm data` starts 
 
 from jaxlm.data.prepare import prepare_corpus
 from jaxlm.data.split import Split, check_vocab, open_split, read_manifest
-from jaxlm.data.tokenize import Tokenizer, decode, encode, load_tokenizer
+from jaxlm.data.tokenize import Tokenizer, decode, encode, encode_prompt, load_tokenizer
 
 __all__ = [
     "Split",
@@ -14,6 +14,7 @@ __all__ = [
     "check_vocab",
     "decode",
     "encode",
+    "encode_prompt",
     "load_tokenizer",
     "open_split",
     "prepare_corpus",

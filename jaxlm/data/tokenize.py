@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,10 +22,9 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Engine  # noqa: E402
 
 from jaxlm.config import UserError  # noqa: E402
+from jaxlm.data import separators  # noqa: E402
+from jaxlm.data.separators import END_OF_TEXT, Separators  # noqa: E402
 
-END_OF_TEXT = "<|endoftext|>"
-BEGINS = ("<|begin_of_text|>", "<s>", END_OF_TEXT)  # usual names, the likeliest first
-ENDS = ("<|end_of_text|>", "</s>", END_OF_TEXT)
 BYTES = 256
 # The library needs over 100 bytes of memory for each token that it returns, so that a long text is
 # cut into pieces of this many characters, and this many pieces are encoded at once.
@@ -46,17 +43,26 @@ class Tokenizer:
     data: bytes  # contents of tokenizer.json
     sha256: str  # of data
     vocab_size: int  # largest id + 1
-    bos: int | None  # starts a document; None: absent
-    eos: int | None  # ends a document; equal to bos where one token does both; None: absent
+    separators: Separators
+
+    @property
+    def bos(self) -> int | None:
+        """The token that starts a document; None: absent."""
+        return self.separators.bos
+
+    @property
+    def eos(self) -> int | None:
+        """The token that ends a document; equal to bos where one does both; None: absent."""
+        return self.separators.eos
 
 
-def _tokenizer(engine: Engine, data: bytes, bos: int | None, eos: int | None) -> Tokenizer:
+def _tokenizer(engine: Engine, data: bytes, around: Separators) -> Tokenizer:
     """Wrap an engine set up so that text is encoded whole and never as a special token."""
     engine.no_truncation()
     engine.no_padding()
     engine.encode_special_tokens = True  # "<|endoftext|>" within a text is text
     vocab_size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    return Tokenizer(engine, data, hashlib.sha256(data).hexdigest(), vocab_size, bos, eos)
+    return Tokenizer(engine, data, hashlib.sha256(data).hexdigest(), vocab_size, around)
 
 
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -96,6 +102,20 @@ def _may_cut(tokenizer: Tokenizer, text: str) -> bool:
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Encode one text, without separators, into a uint32 array."""
     return encode_batch(tokenizer, [text])[0]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text to continue, with those that stand around a prompt."""
+    own = tokenizer.separators.prompt
+    if own is None:
+        start = [] if tokenizer.bos is None else [tokenizer.bos]
+        return start + encode(tokenizer, text).tolist()
+    tokenizer.engine.encode_special_tokens = not own.special
+    try:
+        ids = [*own.before, *encode(tokenizer, text).tolist(), *own.after]
+    finally:
+        tokenizer.engine.encode_special_tokens = True
+    return ids or list(own.alone)
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> str:
@@ -152,7 +172,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     pieces = (piece for text in texts for batch in _pieces(text) for piece in batch)
     engine.train_from_iterator(pieces, trainer)
-    return _tokenizer(engine, engine.to_str().encode(), 0, 0)
+    return _tokenizer(engine, engine.to_str().encode(), Separators(0, 0))
 
 
 def make_bytes() -> Tokenizer:
@@ -162,7 +182,7 @@ def make_bytes() -> Tokenizer:
     engine.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
-    return _tokenizer(engine, engine.to_str().encode(), 0, 0)
+    return _tokenizer(engine, engine.to_str().encode(), Separators(0, 0))
 
 
 def _byte_letters() -> list[str]:
@@ -185,14 +205,13 @@ def make_characters(texts: Iterable[str]) -> Tokenizer:
     engine = Engine(models.WordLevel(vocab=vocab))
     engine.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     engine.decoder = decoders.Fuse()
-    return _tokenizer(engine, engine.to_str().encode(), None, None)
+    return _tokenizer(engine, engine.to_str().encode(), Separators(None, None))
 
 
 def load_tokenizer(path: str | os.PathLike, *, bos: str = "auto", eos: str = "auto") -> Tokenizer:
     """Load a tokenizer.json, or a directory with one: prepared data, or a Hugging Face model.
 
-    bos and eos are a token's text, "none", or "auto": from manifest.json, tokenizer_config.json or
-    config.json beside it, or else the usual names.
+    bos and eos are a token's text, "none", or "auto": from the files beside it (separators.find).
     """
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -208,59 +227,13 @@ def load_tokenizer(path: str | os.PathLike, *, bos: str = "auto", eos: str = "au
         raise UserError(
             f"{file}: not a tokenizer.json of the tokenizers library: {reason}"
         ) from None
-    digest = _read_json(file.parent / "manifest.json").get("tokenizer_sha256")
-    if digest is not None and digest != hashlib.sha256(data).hexdigest():
+    digest = hashlib.sha256(data).hexdigest()
+    made = separators.read_json(file.parent / "manifest.json").get("tokenizer_sha256", digest)
+    if made != digest:
         raise UserError(f"{file}: is not the tokenizer that made the data beside it")
-    found_bos, found_eos = _find_separators(file.parent, engine)
-    begin = found_bos if bos == "auto" else _named(engine, bos, "--bos")
-    end = found_eos if eos == "auto" else _named(engine, eos, "--eos")
-    return _tokenizer(engine, data, begin, end)
-
-
-def _named(engine: Engine, name: str, flag: str) -> int | None:
-    """The id of the token that a flag names."""
-    if name == "none":
-        return None
-    token = engine.token_to_id(name)
-    if token is None:
-        raise UserError(f"{flag}={name}: the tokenizer has no such token; or none")
-    return token
-
-
-def _find_separators(directory: Path, engine: Engine) -> tuple[int | None, int | None]:
-    """The bos and eos ids that files beside a tokenizer.json name, or else usual names."""
-    for name, keys in (
-        ("manifest.json", ("bos", "eos")),
-        ("tokenizer_config.json", ("bos_token", "eos_token")),
-        ("config.json", ("bos_token_id", "eos_token_id")),
-    ):
-        facts = _read_json(directory / name)
-        values = [facts.get(key) for key in keys]
-        if any(value is not None for value in values) or (keys[0] == "bos" and keys[0] in facts):
-            bos, eos = (_token_id(engine, value, directory / name) for value in values)
-            return bos, eos
-    known = [[engine.token_to_id(name) for name in names] for names in (BEGINS, ENDS)]
-    bos, eos = (next((token for token in ids if token is not None), None) for ids in known)
-    return bos, eos
-
-
-def _token_id(engine: Engine, value: Any, file: Path) -> int | None:
-    """The id of a separator as Hugging Face files write it: text, object, id or list of ids."""
-    value = value.get("content") if isinstance(value, dict) else value
-    value = value[0] if isinstance(value, list) and value else value
-    token = engine.token_to_id(value) if isinstance(value, str) else value
-    known = isinstance(token, int) and engine.id_to_token(token) is not None
-    if value is not None and not known:
-        raise UserError(f"{file}: separator {value!r} is not in tokenizer.json; use --bos, --eos")
-    return token
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        facts = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
-    return facts if isinstance(facts, dict) else {}
+    found = Separators(None, None)
+    if "auto" in (bos, eos):
+        found = separators.find(file.parent, engine, digest)
+    flags = [(key, text) for key, text in (("bos", bos), ("eos", eos)) if text != "auto"]
+    ids = {key: separators.named(engine, text, f"--{key}") for key, text in flags}
+    return _tokenizer(engine, data, dataclasses.replace(found, **ids))

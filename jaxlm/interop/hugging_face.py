@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -35,6 +34,7 @@ from jaxlm import checkpoint, configfile, devices, run
 from jaxlm import config as cfg
 from jaxlm.data import load_tokenizer
 from jaxlm.interop.safetensors_files import INDEX, SINGLE, first, inside, open_tensors, read_json
+from jaxlm.interop.tokenizer_files import write_json, write_tokenizer
 from jaxlm.models import family_module
 from jaxlm.sharding import Layout, partitions
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh, trained
@@ -265,13 +265,13 @@ def save_params(
                 save_file(held, directory / name, metadata={"format": "pt"})
             del held
         if jax.process_index() == 0:
-            hf |= {"torch_dtype": dtype, **_write_tokenizer(directory, tokenizer)}
-            _write_json(directory / "config.json", hf)
+            hf |= {"torch_dtype": dtype, **write_tokenizer(directory, tokenizer)}
+            write_json(directory / "config.json", hf)
             if list(files) != [SINGLE]:
                 size = np.dtype(DTYPES[dtype]).itemsize * sum(math.prod(t.shape) for t in expected)
                 weight_map = {t.name: name for name, members in files.items() for t in members}
                 index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-                _write_json(directory / INDEX, index)
+                write_json(directory / INDEX, index)
 
 
 def _shapes(model: cfg.Model, mesh: Mesh) -> dict[str, tuple[int, ...]]:
@@ -329,23 +329,6 @@ def _cast(fetch, tensor: Tensor, dtype: str) -> np.ndarray:
     return cast
 
 
-def _write_tokenizer(directory: Path, source: PathLike | None) -> dict[str, Any]:
-    """Copy tokenizer.json and name its separators, of which config.json's part is returned."""
-    if source is None:
-        return {"bos_token_id": None, "eos_token_id": None}
-    tokenizer = load_tokenizer(source)
-    (directory / "tokenizer.json").write_bytes(tokenizer.data)
-    ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    known = {n: tokenizer.engine.id_to_token(id_) for n, id_ in ids.items() if id_ is not None}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **known}
-    _write_json(directory / "tokenizer_config.json", about)
-    return {f"{name}_id": id_ for name, id_ in ids.items()}
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")
-
-
 @contextlib.contextmanager
 def new_directory(out: PathLike) -> Iterator[Path]:
     """A directory to fill, which becomes `out` at the end or, on an error, nothing at all."""
@@ -400,7 +383,7 @@ def import_run(source: PathLike, out: PathLike, overrides: Sequence[str]) -> Non
         if jax.process_index() == 0:
             (directory / "config.yaml").write_text(configfile.dump(config))
             if (source / "tokenizer.json").exists():
-                _write_tokenizer(directory, inside(source, "tokenizer.json"))
+                run.keep_tokenizer(directory, load_tokenizer(inside(source, "tokenizer.json")))
         manager = checkpoint.open_manager(directory / "checkpoints", config.checkpoint)
         with contextlib.closing(manager):
             checkpoint.save(manager, 0, state, {}, configfile.to_dict(config))

@@ -1,0 +1,98 @@
+"""The tokenizer of an exported directory: its AutoTokenizer reads a prompt as `generate` does."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlm.data import Tokenizer, load_tokenizer, separators
+
+PathLike = str | os.PathLike[str]
+
+
+def write_tokenizer(
+    directory: Path, source: PathLike | None, carried: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write tokenizer.json and tokenizer_config.json; returns config.json's part, the ids.
+
+    `carried` is the tokenizer_config.json that an imported run came with: of it stays what a run
+    does not decide.
+    """
+    if source is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    tokenizer = load_tokenizer(source)
+    around = tokenizer.separators
+    if around.prompt is not None and carried is not None:  # the imported tokenizer as it was
+        (directory / "tokenizer.json").write_bytes(tokenizer.data)
+        write_json(directory / "tokenizer_config.json", carried)
+    else:
+        (directory / "tokenizer.json").write_bytes(_with_prompt(tokenizer))
+        about = {**(carried or {}), **_about(tokenizer, carried or {})}
+        about = {key: value for key, value in about.items() if value is not None}
+        write_json(directory / "tokenizer_config.json", about)
+    bos = tokenizer.bos
+    if bos is None and around.prompt is not None and around.prompt.alone:
+        bos = around.prompt.alone[0]
+    ends = [end for end in (tokenizer.eos, *around.stop) if end is not None]
+    return {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else tokenizer.eos}
+
+
+def _around_prompt(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that `generate` puts before and after a prompt."""
+    own = tokenizer.separators.prompt
+    if own is not None:
+        return own.before, own.after
+    return (() if tokenizer.bos is None else (tokenizer.bos,)), ()
+
+
+def _with_prompt(tokenizer: Tokenizer) -> bytes:
+    """tokenizer.json that puts around a text what `generate` does; as it is where it does so."""
+    before, after = _around_prompt(tokenizer)
+    if separators.surroundings(tokenizer.engine) == (before, after):
+        return tokenizer.data
+    piece = lambda token: {
+        "SpecialToken": {"id": tokenizer.engine.id_to_token(token), "type_id": 0}
+    }
+    text = lambda name, kind: {"Sequence": {"id": name, "type_id": kind}}
+    single = [*map(piece, before), text("A", 0), *map(piece, after)]
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, text("B", 1)],
+        "special_tokens": {
+            name: {"id": name, "ids": [token], "tokens": [name]}
+            for token in (*before, *after)
+            for name in [tokenizer.engine.id_to_token(token)]
+        },
+    }
+    values = json.loads(tokenizer.data)
+    values["post_processor"] = template
+    return json.dumps(values, indent=2, ensure_ascii=False).encode()
+
+
+def _about(tokenizer: Tokenizer, carried: Mapping[str, Any]) -> dict[str, Any]:
+    """What tokenizer_config.json must say; None: nothing of this key.
+
+    The class is the one that takes tokenizer.json as it is. Text that looks like a special token is
+    text, as in training, unless that would break a chat template.
+    """
+    before, after = _around_prompt(tokenizer)
+    own = tokenizer.separators.prompt
+    special = own.special if own is not None else "chat_template" in carried
+    names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{k: None if t is None else tokenizer.engine.id_to_token(t) for k, t in names.items()},
+        "add_bos_token": None,
+        "add_eos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": None if special else True,
+    }
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file that people read."""
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
