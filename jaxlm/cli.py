@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides += rest
-    logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stdout)
+    # What others print is their result, and may be read by a program.
+    stream = sys.stdout if args.run in (_train, _check) else sys.stderr
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=stream)
+    logging.getLogger("jaxlm").setLevel(logging.WARNING)
     try:
         return args.run(args) or 0
     except UserError as error:

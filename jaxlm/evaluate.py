@@ -18,6 +18,7 @@ from jaxlm import config as cfg
 from jaxlm import devices, run
 from jaxlm.data import Split, check_vocab, load_tokenizer, open_split
 from jaxlm.data.load import evaluation_batches
+from jaxlm.interop import carried
 from jaxlm.loss import batch_losses, split_batch
 from jaxlm.parallel import pipeline
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
@@ -73,6 +74,7 @@ def evaluate_run(config: cfg.Config, step: int | None, split_name: str) -> dict:
     """Evaluate a run's checkpoint on a whole split, on the mesh that the config names."""
     split = open_split(config.data.path, split_name)
     check_vocab(split, config.model.vocab_size)
+    carried.warn_of_length(config)
     run_dir = cfg.run_dir(config)
     if (run_dir / "tokenizer.json").is_file():
         if load_tokenizer(run_dir).sha256 != split.tokenizer_sha256:

@@ -25,6 +25,7 @@ from jaxlm import config as cfg
 from jaxlm import devices
 from jaxlm.attention.xla import CACHE
 from jaxlm.data import Tokenizer, decode, encode_prompt
+from jaxlm.interop import carried
 from jaxlm.models import family_module
 from jaxlm.models.decoder import Decoder, logits
 from jaxlm.sharding import Layout
@@ -50,6 +51,11 @@ def generate_text(
 ) -> list[str]:  # fmt: skip
     """What follows each prompt, up to the end of the document or this many tokens."""
     inputs = encode_prompts(tokenizer, prompts)
+    longest = max(map(len, inputs), default=0)
+    if longest + tokens - 1 > config.batch.sequence_length:  # longer than what it was trained on
+        what = f"a prompt of {longest} tokens and tokens={tokens} to generate"
+        for line in carried.beyond(config, what, longest + tokens - 1):
+            carried.warn_once(line)
     ends = [end for end in (tokenizer.eos, *tokenizer.separators.stop) if end is not None]
     rows = generate_tokens(
         config, structure, layout, mesh, params, inputs, tokens=tokens, temperature=temperature,

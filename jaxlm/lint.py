@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxlm import config as cfg
 from jaxlm import devices
+from jaxlm.interop import carried
 from jaxlm.models import moe
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
@@ -25,6 +26,7 @@ SHARDING = ("stage", "fsdp", "context", "expert", "tensor")  # axes that split w
 
 def warnings(config: cfg.Config, mesh: Mesh, layout: Layout, structure: Structure) -> Iterator[str]:
     """One line for each thing that works and is likely to be a mistake."""
+    yield from carried.length_beyond(config)
     yield from _copies(layout, structure)
     yield from _tensor_across_hosts(mesh)
     yield from _too_few_tokens(config, mesh, layout)

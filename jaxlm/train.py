@@ -30,6 +30,7 @@ from jaxlm import (
 from jaxlm import config as cfg
 from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
+from jaxlm.interop import carried
 from jaxlm.loss import batch_losses, read_aux, split_batch, sum_losses, update_fixed
 from jaxlm.parallel import pipeline
 from jaxlm.plan import estimate, executables
@@ -192,6 +193,8 @@ def train(config: cfg.Config) -> None:
         if start < config.steps:
             run.write_config(config)
             run.keep_tokenizer(run_dir, tokenizer)
+        if start == 0:
+            carried.take_along(config, tokenizer)
         manager = checkpoint.open_manager(run_dir / "checkpoints", config.checkpoint)
         due = lambda step, every: step == config.steps or (every and step % every == 0)
 

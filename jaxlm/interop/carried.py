@@ -6,7 +6,7 @@ pickles. An export writes them again, changed only where the run has changed the
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import shutil
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ import jax
 from jaxlm import config as cfg
 from jaxlm.data import Tokenizer, load_tokenizer
 from jaxlm.interop.safetensors_files import inside, read_json
+from jaxlm.interop.tokenizer_files import PathLike, token_ids, write_json, write_tokenizer
 from jaxlm.models import family_module
 
 logger = logging.getLogger("jaxlm")
@@ -78,8 +79,8 @@ def take_along(config: cfg.Config, tokenizer: Tokenizer) -> None:
     if jax.process_index():
         return
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)  # of a start that saved nothing
-    kept = source / FOLDER
-    if not config.checkpoint.start_from or not (kept / CONFIG).is_file():
+    kept = find(source) if config.checkpoint.start_from else None
+    if kept is None:
         return
     about = read_json(kept, CONFIG)
     if about.get("model_type") != config.model.family:
@@ -104,57 +105,113 @@ def take_along(config: cfg.Config, tokenizer: Tokenizer) -> None:
 
 
 def _separate(folder: Path, tokenizer: Tokenizer) -> None:
-    """Name the tokens that the documents of the run begin and end with, in the files kept."""
-    for name in (CONFIG, GENERATION):
+    """Name the tokens that the documents of the run begin and end with, in the files kept.
+
+    Not in tokenizer_config.json: an export writes them there.
+    """
+    ids = token_ids(tokenizer)
+    texts = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    texts = {k: tokenizer.engine.id_to_token(t) for k, t in texts.items() if t is not None}
+    for name, facts in ((CONFIG, ids), (GENERATION, ids), (SPECIAL, texts)):
         if (folder / name).is_file():
-            write_json(folder / name, read_json(folder, name) | token_ids(tokenizer))
-    for name in (TOKENIZER, SPECIAL):
-        if (folder / name).is_file():
-            write_json(folder / name, read_json(folder, name) | token_texts(tokenizer))
+            write_json(folder / name, read_json(folder, name) | facts)
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """bos_token_id, and eos_token_id: all tokens at which generation ends."""
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-
-
-def token_texts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """bos_token and eos_token, null where there is none."""
-    ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    return {
-        name: None if token is None else tokenizer.engine.id_to_token(token)
-        for name, token in ids.items()
-    }
+def find(directory: str | Path) -> Path | None:
+    """The files that the run in this directory has kept."""
+    kept = Path(directory) / FOLDER
+    return kept if (kept / CONFIG).is_file() else None
 
 
 def positions(config: cfg.Config) -> int:
-    """The longest text that the imported model of a run is made for, tokens; 0: not known."""
-    for directory in (cfg.run_dir(config), Path(config.checkpoint.start_from or cfg.run_dir(config))):
-        kept = directory / FOLDER
-        if (kept / CONFIG).is_file():
-            longest = read_json(kept, CONFIG).get("max_position_embeddings")
-            return longest if isinstance(longest, int) else 0
-    return 0
+    """The longest text that the imported model of a run is made for, tokens; 0: not known.
 
-
-def merge_config(kept: Path, ours: dict[str, Any], model: cfg.Model) -> dict[str, Any]:
-    """config.json of an export: as it was, except for what `ours` says otherwise.
-
-    What the run changed is what its model and the model in config.json are translated to
-    differently, so that a fact that was not changed keeps its spelling.
+    The table of learned positions is no matter of this: nothing beyond it can be computed.
     """
-    about = {k: v for k, v in read_json(kept, CONFIG).items() if k not in NOT_CARRIED}
-    family = family_module(model.family)
-    longest = about.get("max_position_embeddings", ours.get("max_position_embeddings", 0))
-    before = type(model)(**family.from_hugging_face(about))
-    before = family.to_hugging_face(before, longest)
+    kept = find(cfg.run_dir(config))
+    if kept is None and config.checkpoint.start_from:
+        kept = find(config.checkpoint.start_from)
+    longest = read_json(kept, CONFIG).get("max_position_embeddings") if kept else None
+    learned = family_module(config.model.family).learned_positions(config.model)
+    return longest if isinstance(longest, int) and not learned else 0
+
+
+def beyond(config: cfg.Config, what: str, length: int) -> Iterator[str]:
+    """A line of warning where texts are longer than what the imported model is made for."""
+    longest = positions(config)
+    if 0 < longest < length:
+        yield (
+            f"{what} is above max_position_embeddings={longest} of the imported model: beyond "
+            "those positions it is likely to compute nonsense until it is trained on them"
+        )
+
+
+def length_beyond(config: cfg.Config) -> Iterator[str]:
+    """The same of batch.sequence_length."""
+    length = config.batch.sequence_length
+    yield from beyond(config, f"batch.sequence_length={length}", length)
+
+
+def warn_of_length(config: cfg.Config) -> None:
+    """Log the same."""
+    for line in length_beyond(config):
+        logger.warning("warning: %s", line)
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Log a warning that would come again with every sample of a training."""
+    logger.warning("warning: %s", line)
+
+
+def give_back(
+    directory: Path, kept: Path | None, tokenizer: PathLike | None, ours: dict[str, Any],
+    model: cfg.Model, trained_length: int,
+) -> None:  # fmt: skip
+    """Write all of an export but the weights: config.json is `ours`, over what was kept.
+
+    `trained_length` is that of the longest text in training, tokens; 0: nothing was trained.
+    """
+    if kept is None:
+        ours |= write_tokenizer(directory, tokenizer)
+    else:
+        for place, name in _files(kept):
+            target = directory / place.relative_to(kept) / name
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(inside(place, name).read_bytes())
+        about = None
+        if (kept / TOKENIZER).is_file():
+            about = read_json(kept, TOKENIZER)
+            about.pop("auto_map", None)
+            write_json(directory / TOKENIZER, about)
+        ids = write_tokenizer(directory, tokenizer, about)
+        ours = _merge(read_json(kept, CONFIG), ours, model, trained_length)
+        ours |= {key: token for key, token in ids.items() if ours.get(key) is None}
+    write_json(directory / CONFIG, ours)
+    ids = {key: ours.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if not (directory / GENERATION).exists() and ids["eos_token_id"] is not None:
+        if ids["pad_token_id"] is None:  # what generation pads with then; said, it does not warn
+            ends = ids["eos_token_id"]
+            ids["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+        write_json(directory / GENERATION, ids)
+
+
+def _merge(
+    kept: dict[str, Any], ours: dict[str, Any], model: cfg.Model, trained_length: int
+) -> dict[str, Any]:
+    """config.json as it was, except for what the run has changed.
+
+    That is what its model and the model in config.json are translated to differently: a fact that
+    was not changed keeps its spelling.
+    """
+    kept = {key: value for key, value in kept.items() if key not in NOT_CARRIED}
+    family, longest = family_module(model.family), kept.get("max_position_embeddings")
+    before = type(model)(**family.from_hugging_face(kept))
+    before = family.to_hugging_face(before, ours.get("max_position_embeddings", 0))
     changed = {key: value for key, value in ours.items() if before.get(key, ...) != value}
     if changed.keys() & set(ROPE):
-        about = {key: value for key, value in about.items() if key not in ROPE}
+        kept = {key: value for key, value in kept.items() if key not in ROPE}
         changed |= {key: ours[key] for key in ROPE if key in ours}
-    return about | changed | {"architectures": ours["architectures"]}
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file as Hugging Face does."""
-    file.write_text(json.dumps(values, indent=2) + "\n")
+    if isinstance(longest, int) and not family.learned_positions(model):
+        changed["max_position_embeddings"] = max(longest, trained_length)
+    return kept | changed | {key: ours[key] for key in ("architectures", "torch_dtype")}

@@ -28,13 +28,21 @@ import yaml
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from jaxlm import checkpoint, configfile, devices, run
 from jaxlm import config as cfg
 from jaxlm.data import load_tokenizer
-from jaxlm.interop.safetensors_files import INDEX, SINGLE, first, inside, open_tensors, read_json
-from jaxlm.interop.tokenizer_files import write_json, write_tokenizer
+from jaxlm.interop import carried
+from jaxlm.interop.safetensors_files import (
+    INDEX,
+    SINGLE,
+    first,
+    inside,
+    open_tensors,
+    read_json,
+    save_tensors,
+)
+from jaxlm.interop.tokenizer_files import write_json
 from jaxlm.models import family_module
 from jaxlm.sharding import Layout, partitions
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh, trained
@@ -151,7 +159,8 @@ def read_model(source: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
 def load_params(hf_dir: PathLike, structure: Structure, layout: Layout, mesh: Mesh) -> Arrays:
     """The parameters of a Hugging Face directory, float32, each device's shard read alone."""
     model, _ = read_model(hf_dir)
-    with open_tensors(Path(hf_dir)) as found:
+    not_needed = [*family_module(model["family"]).IGNORED, *[HEAD] * model["tie_embeddings"]]
+    with open_tensors(Path(hf_dir), not_needed) as found:
         if model["num_layers"] > len(found):
             raise cfg.UserError(
                 f"{hf_dir}: {len(found)} tensors are too few for {model['num_layers']} layers"
@@ -179,11 +188,13 @@ def _match(hf_dir: PathLike, expected: list[Tensor], found: dict, model: dict) -
     if not any(name.startswith(family.PREFIX) for name in found):  # files of the bare model
         found = {n if n == HEAD else family.PREFIX + n: source for n, source in found.items()}
     if model["tie_embeddings"]:
-        embed = found.get(family.NAMES["embed"][1])
-        if not _same(found.pop(HEAD, embed), embed):
+        name, head = family.NAMES["embed"][1], found.pop(HEAD, None)
+        if name not in found and head is not None:  # the two are one: either may be stored
+            found[name] = head
+        if head is not None and not _same(head, found[name]):
             raise cfg.UserError(
-                f"{hf_dir}: tie_word_embeddings is true, but {HEAD} is not the embedding; if it is "
-                "its own, set tie_word_embeddings to false in config.json"
+                f"{hf_dir}: tie_word_embeddings is true in config.json, but {HEAD} is not the "
+                "embedding; if the head is its own, write false there, else take it out of the file"
             )
     names = {tensor.name for tensor in expected}
     kinds = {tensor.name: (list(tensor.shape), READABLE) for tensor in expected}
@@ -209,7 +220,7 @@ def _same(one: Any, other: Any, rows: int = 4096) -> bool:
     """Whether two tensors hold the same, compared a few rows at a time."""
     if one is other:
         return True
-    if one is None or other is None or one.get_shape() != other.get_shape():
+    if one.get_shape() != other.get_shape():
         return False
     count = one.get_shape()[0]
     blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
@@ -243,11 +254,14 @@ def _read_shard(
 def save_params(
     out_dir: PathLike, params: Arrays, model_config: cfg.Model, *,
     tokenizer: PathLike | None = None, dtype: str = "float32", shard_bytes: int = 5 * 10**9,
-    max_positions: int = 2048,
+    kept: Path | None = None, trained_length: int = 2048,
 ) -> None:  # fmt: skip
-    """Write a Hugging Face directory; all processes call it, process 0 holds one file at a time."""
+    """Write a Hugging Face directory; all processes call it, process 0 holds one file at a time.
+
+    `kept` and `trained_length` are as in carried.give_back.
+    """
     family = family_module(model_config.family)
-    hf = family.to_hugging_face(model_config, max_positions)
+    hf = family.to_hugging_face(model_config, trained_length)
     imported = family.from_hugging_face(hf) | {"vocab_multiple": model_config.vocab_multiple}
     sharding = next(iter(params.values())).sharding
     assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
@@ -258,20 +272,20 @@ def save_params(
     expected.sort(key=lambda tensor: tensor.place[0] if tensor.place else -1)
     files = _split(expected, np.dtype(DTYPES[dtype]).itemsize, shard_bytes)
     with new_directory(out_dir) as directory:
+        if jax.process_index() == 0:  # first: a mistake in them costs no time then
+            hf["torch_dtype"] = dtype
+            carried.give_back(directory, kept, tokenizer, hf, model_config, trained_length)
         fetch = functools.lru_cache(maxsize=1)(functools.partial(_fetch, params, shapes))
         for name, members in files.items():
             held = {t.name: _cast(fetch, t, dtype) for t in members}
             if jax.process_index() == 0:
-                save_file(held, directory / name, metadata={"format": "pt"})
+                save_tensors(directory / name, held)
             del held
-        if jax.process_index() == 0:
-            hf |= {"torch_dtype": dtype, **write_tokenizer(directory, tokenizer)}
-            write_json(directory / "config.json", hf)
-            if list(files) != [SINGLE]:
-                size = np.dtype(DTYPES[dtype]).itemsize * sum(math.prod(t.shape) for t in expected)
-                weight_map = {t.name: name for name, members in files.items() for t in members}
-                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-                write_json(directory / INDEX, index)
+        if jax.process_index() == 0 and list(files) != [SINGLE]:
+            size = np.dtype(DTYPES[dtype]).itemsize * sum(math.prod(t.shape) for t in expected)
+            weight_map = {t.name: name for name, members in files.items() for t in members}
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            write_json(directory / INDEX, index)
 
 
 def _shapes(model: cfg.Model, mesh: Mesh) -> dict[str, tuple[int, ...]]:
@@ -382,12 +396,14 @@ def import_run(source: PathLike, out: PathLike, overrides: Sequence[str]) -> Non
             state = State(jnp.zeros((), jnp.int32), params, fixed, ())
         if jax.process_index() == 0:
             (directory / "config.yaml").write_text(configfile.dump(config))
+            carried.keep(source, directory)
             if (source / "tokenizer.json").exists():
                 run.keep_tokenizer(directory, load_tokenizer(inside(source, "tokenizer.json")))
         manager = checkpoint.open_manager(directory / "checkpoints", config.checkpoint)
         with contextlib.closing(manager):
             checkpoint.save(manager, 0, state, {}, configfile.to_dict(config))
             checkpoint.finish(manager)
+    carried.warn_of_length(config)
 
 
 def _run_config(
@@ -434,9 +450,11 @@ def export_run(
         raise cfg.UserError(f"--shard-gb={shard_gb:g} must be above 0, as in 5")
     places = (cfg.run_dir(config), Path(config.data.path))
     known = [place for place in places if (place / "tokenizer.json").is_file()]
+    kept = carried.find(cfg.run_dir(config))
     with run.open_model(config, step) as model:
+        untrained = kept is not None and model.step == 0
         save_params(
             out, model.params | model.fixed, config.model,
             tokenizer=known[0] if known else None, dtype=dtype, shard_bytes=int(shard_gb * 1e9),
-            max_positions=config.batch.sequence_length,
+            kept=kept, trained_length=0 if untrained else config.batch.sequence_length,
         )  # fmt: skip

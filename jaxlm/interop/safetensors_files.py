@@ -12,22 +12,30 @@ import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (makes numpy know bfloat16)
+import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxlm.config import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SNAPSHOTS = "snapshots"
 JSON_LIMIT = 1 << 27  # bytes; an index of a million tensors is below it
 
 
 @contextlib.contextmanager
-def open_tensors(directory: Path) -> Iterator[dict[str, Any]]:
-    """Tensor name -> slice (get_shape, get_dtype, [...]) of all files; nothing is read yet."""
+def open_tensors(directory: Path, not_needed: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+    """Tensor name -> slice (get_shape, get_dtype, [...]) of all files; nothing is read yet.
+
+    The index and its files must agree but for what matches a pattern of `not_needed`: there
+    transformers writes, and reads, indexes that do not.
+    """
     weight_map = _weight_map(directory)
     with contextlib.ExitStack() as stack:
         found: dict[str, Any] = {}
@@ -39,6 +47,7 @@ def open_tensors(directory: Path) -> Iterator[dict[str, Any]]:
                     raise UserError(f"{file}: {tensor} is in another file too")
                 found[tensor] = opened.get_slice(tensor)
         lost = [] if set(weight_map) == {""} else sorted(set(weight_map) ^ set(found))
+        lost = [n for n in lost if not any(fnmatchcase(n, pattern) for pattern in not_needed)]
         if lost:
             raise UserError(
                 f"{directory / INDEX}: does not agree with its files: {first(lost)}; "
@@ -82,7 +91,8 @@ def inside(directory: Path, name: Any) -> Path:
     if not plain or "\\" in name or "\0" in name or not _encodes(name):
         raise UserError(f"{directory}: {name!r} is not the plain name of a file in it")
     home, file = directory.resolve(), (directory / name).resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    homes = [home]
+    homes += [p.parent.parent / "blobs" for p in (home, home.parent) if p.parent.name == SNAPSHOTS]
     if file.parent not in homes:
         raise UserError(f"{directory}: {name} is a link that leads out of it")
     try:
@@ -146,6 +156,14 @@ def _open(file: Path) -> Iterator[Any]:
         except ValueError as error:
             raise UserError(f"{file}: not a sound safetensors file: {error}") from None
         yield handle
+
+
+def save_tensors(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a file with the permissions that new files have here; the library's are 0600."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(arrays, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def first(names: Iterable[str], count: int = 5) -> str:

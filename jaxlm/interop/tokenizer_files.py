@@ -19,7 +19,7 @@ def write_tokenizer(
     """Write tokenizer.json and tokenizer_config.json; returns config.json's part, the ids.
 
     `carried` is the tokenizer_config.json that an imported run came with: of it stays what a run
-    does not decide.
+    does not decide. A chat template may lie in `directory` already.
     """
     if source is None:
         return {"bos_token_id": None, "eos_token_id": None}
@@ -30,10 +30,16 @@ def write_tokenizer(
         write_json(directory / "tokenizer_config.json", carried)
     else:
         (directory / "tokenizer.json").write_bytes(_with_prompt(tokenizer))
-        about = {**(carried or {}), **_about(tokenizer, carried or {})}
+        chat = "chat_template" in (carried or {}) or any(directory.glob("chat_template.*"))
+        about = {**(carried or {}), **_about(tokenizer, chat)}
         about = {key: value for key, value in about.items() if value is not None}
         write_json(directory / "tokenizer_config.json", about)
-    bos = tokenizer.bos
+    return token_ids(tokenizer)
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json's bos_token_id, and its eos_token_id: all tokens at which generation ends."""
+    bos, around = tokenizer.bos, tokenizer.separators
     if bos is None and around.prompt is not None and around.prompt.alone:
         bos = around.prompt.alone[0]
     ends = [end for end in (tokenizer.eos, *around.stop) if end is not None]
@@ -73,7 +79,7 @@ def _with_prompt(tokenizer: Tokenizer) -> bytes:
     return json.dumps(values, indent=2, ensure_ascii=False).encode()
 
 
-def _about(tokenizer: Tokenizer, carried: Mapping[str, Any]) -> dict[str, Any]:
+def _about(tokenizer: Tokenizer, chat: bool) -> dict[str, Any]:
     """What tokenizer_config.json must say; None: nothing of this key.
 
     The class is the one that takes tokenizer.json as it is. Text that looks like a special token is
@@ -81,7 +87,7 @@ def _about(tokenizer: Tokenizer, carried: Mapping[str, Any]) -> dict[str, Any]:
     """
     before, after = _around_prompt(tokenizer)
     own = tokenizer.separators.prompt
-    special = own.special if own is not None else "chat_template" in carried
+    special = own.special if own is not None else chat
     names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
