@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 import tokenizer_kinds
 import torch
 import transformers
@@ -93,3 +94,52 @@ def test_an_imported_model_reads_and_writes_as_in_transformers(kind, tmp_path, c
     assert theirs(again, prompts)[:2] == found
     run_command(capsys, "import", again, tmp_path / "third", "mesh.fsdp=8")
     assert ours(capsys, tmp_path / "third", prompts) == found
+
+
+TRAINED = {
+    "bpe": ("bpe", []),
+    "bytes": ("bytes", []),
+    "characters": ("characters", []),
+    "llama3": ("llama3", []),
+    "llama3, no bos": ("llama3", ["--bos=none", "--eos=<|eot_id|>"]),
+    "llama2": ("llama2", []),
+    "gpt2": ("gpt2", []),
+    "qwen": ("qwen", ["--bos=none", "--eos=<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_a_trained_run_reads_prompts_as_its_documents_begin(case, tmp_path, capsys):
+    kind, flags = TRAINED[case]
+    if kind in tokenizer_kinds.KINDS:
+        tokenizer_kinds.KINDS[kind](tmp_path / "tokenizer")
+        flags = [f"--tokenizer={tmp_path / 'tokenizer'}", *flags]
+    else:
+        flags = [f"--tokenizer={kind}", "--vocab-size=280", *flags]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join([*tokenizer_kinds.TEXTS * 20, *"<|endoftext|>", "caf\u00e9"]))
+    data, made, out = (tmp_path / name for name in ("data", "run", "hf"))
+    out_data = f"--out={data}"
+    run_command(capsys, "data", "prepare", text, out_data, *flags, "--validation-fraction=0")
+    prompts = ["the cat", "the dog", "<|endoftext|>"]
+    sample = ["sample.every=2", f"sample.prompts={json.dumps(prompts)}", "sample.temperature=0"]
+    run_command(
+        capsys, "train", tiny.CONFIGS / "llama.yaml", f"data.path={data}", f"run.dir={made}",
+        "mesh.data=8", "steps=2", "model.vocab_size=320", *sample, f"sample.tokens={TOKENS}",
+    )  # fmt: skip
+    found = ours(capsys, made, prompts)
+    assert [r["text"] for r in tiny.records(made, "samples.jsonl")] == found[1]
+
+    manifest = json.loads((data / "manifest.json").read_text())
+    kept = json.loads((made / "separators.json").read_text())
+    assert [kept[k] for k in ("bos", "eos")] == [manifest[k] for k in ("bos", "eos")]
+    first = [] if manifest["bos"] is None else [manifest["bos"]]
+    assert all(ids[: len(first)] == first and manifest["bos"] not in ids[1:] for ids in found[0])
+    run_command(capsys, "export", made, out, "mesh.data=8")
+    assert theirs(out, prompts)[:2] == found
+    about = json.loads((out / "config.json").read_text())
+    assert about["bos_token_id"] == manifest["bos"] and about["eos_token_id"] == manifest["eos"]
+    # Data prepared with the run's own tokenizer is separated in the same way.
+    again = [f"--tokenizer={made}", "--validation-fraction=0"]
+    run_command(capsys, "data", "prepare", text, f"--out={tmp_path / 'again'}", *again)
+    assert json.loads((tmp_path / "again" / "manifest.json").read_text()) == manifest
