@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from tokenizers import Tokenizer as Engine
+from tokenizers.models import WordLevel
 
 from jaxlm.config import UserError
 
@@ -82,19 +83,13 @@ def _read(file: Path, engine: Engine, sha256: str) -> Separators:
         raise UserError(
             f"{file}: was written for another tokenizer.json than the one beside it; put that back"
         )
-    known = lambda token, key: _known(engine, token, key, file)
-    ids = lambda facts, key: tuple(known(token, key) for token in facts[key])
     try:
+        bos, eos = (_known(engine, values[key], key, file) for key in ("bos", "eos"))
         prompt = values.get("prompt")
-        return Separators(
-            bos=known(values["bos"], "bos"),
-            eos=known(values["eos"], "eos"),
-            stop=ids(values, "stop"),
-            prompt=prompt
-            and Prompt(
-                *(ids(prompt, key) for key in ("before", "after", "alone")), bool(prompt["special"])
-            ),
-        )
+        if prompt is not None:
+            ids = {key: _ids(prompt, key, file) for key in ("before", "after", "alone")}
+            prompt = Prompt(**ids, special=bool(prompt["special"]))
+        return Separators(bos, eos, _ids(values, "stop", file), prompt)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file}: is damaged: {type(error).__name__} {error}; it has ids bos, eos, stop"
@@ -117,22 +112,21 @@ def _manifest_of_run(directory: Path, sha256: str) -> dict[str, Any]:
 def _of_model(directory: Path, engine: Engine) -> Separators:
     """The separators that the files of a Hugging Face model name, or else usual names.
 
-    tokenizer_config.json names the tokens of documents; generation ends, as in transformers, at the
-    eos ids of generation_config.json or config.json alone, where those have any.
+    tokenizer_config.json names the tokens of documents. generation_config.json, or else config.json
+    has the ids at which transformers ends a text, and that from which it starts without a prompt;
+    the tokenizer may lack some of them.
     """
     files = ("tokenizer_config.json", "config.json", "generation_config.json")
     about, model, generation = (read_json(directory / name) for name in files)
-    texts = [_text_id(engine, about, key, directory) for key in ("bos_token", "eos_token")]
+    bos, eos = (_text_id(engine, about, key, directory) for key in ("bos_token", "eos_token"))
     begins, ends = (
-        _ids(engine, generation, key, directory / files[2])
-        or _ids(engine, model, key, directory / files[1])
+        _ids(generation, key, directory / files[2]) or _ids(model, key, directory / files[1])
         for key in ("bos_token_id", "eos_token_id")
     )
-    bos, eos = texts
     if bos is None and eos is None:
-        bos = begins[0] if begins else None
-    if ends and eos not in ends:
-        eos = ends[0]
+        bos = next((token for token in begins if _has(engine, token)), None)
+    if eos is None:
+        eos = next((token for token in ends if _has(engine, token)), None)
     if bos is None and eos is None:
         known = [[engine.token_to_id(name) for name in names] for names in (BEGINS, ENDS)]
         bos, eos = (next((token for token in ids if token is not None), None) for ids in known)
@@ -153,10 +147,13 @@ def _of_model(directory: Path, engine: Engine) -> Separators:
 
 def surroundings(engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens that tokenizer.json itself puts before and after a text."""
-    encoding = engine.encode("a", add_special_tokens=True)
+    if not engine.num_special_tokens_to_add(False):
+        return (), ()
+    text = next(iter(engine.get_vocab())) if isinstance(engine.model, WordLevel) else "a"
+    encoding = engine.encode(text, add_special_tokens=True)
     mask = encoding.special_tokens_mask
-    text = [place for place, special in enumerate(mask) if not special] or [len(mask)]
-    return tuple(encoding.ids[: text[0]]), tuple(encoding.ids[text[-1] + 1 :])
+    places = [place for place, special in enumerate(mask) if not special] or [len(mask)]
+    return tuple(encoding.ids[: places[0]]), tuple(encoding.ids[places[-1] + 1 :])
 
 
 def _text_id(engine: Engine, about: Mapping[str, Any], key: str, directory: Path) -> int | None:
@@ -172,17 +169,17 @@ def _text_id(engine: Engine, about: Mapping[str, Any], key: str, directory: Path
     return token
 
 
-def _ids(engine: Engine, facts: Mapping[str, Any], key: str, file: Path) -> tuple[int, ...]:
-    """The ids under a key: null, an id, or a list of ids; those without a token are left out."""
+def _ids(facts: Mapping[str, Any], key: str, file: Path) -> tuple[int, ...]:
+    """The ids under a key: null, an id, or a list of ids; negative ones stand for none."""
     value = facts.get(key)
     listed = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in listed):
+    if not all(type(token) is int and token < 2**31 for token in listed):
         raise UserError(f"{file}: {key}={value!r} must be the id of a token, a list of ids or null")
-    return tuple(dict.fromkeys(token for token in listed if _has(engine, token)))
+    return tuple(dict.fromkeys(token for token in listed if token >= 0))
 
 
 def _has(engine: Engine, token: Any) -> bool:
-    return type(token) is int and 0 <= token < 2**32 and engine.id_to_token(token) is not None
+    return type(token) is int and 0 <= token < 2**31 and engine.id_to_token(token) is not None
 
 
 def _known(engine: Engine, token: Any, key: str, file: Any) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 from jaxlm.data import Tokenizer, load_tokenizer, separators
 
 PathLike = str | os.PathLike[str]
+AS_IT_IS = "PreTrainedTokenizerFast"  # the class of transformers that follows tokenizer.json
 
 
 def write_tokenizer(
@@ -24,24 +25,26 @@ def write_tokenizer(
     if source is None:
         return {"bos_token_id": None, "eos_token_id": None}
     tokenizer = load_tokenizer(source)
-    around = tokenizer.separators
-    if around.prompt is not None and carried is not None:  # the imported tokenizer as it was
-        (directory / "tokenizer.json").write_bytes(tokenizer.data)
-        write_json(directory / "tokenizer_config.json", carried)
+    around, carried = tokenizer.separators, dict(carried or {})
+    if around.prompt is not None and carried:  # the tokenizer of an import, as it came
+        data, about = tokenizer.data, carried
+        if str(about.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer":
+            # transformers 5 would put rules of its own for spaces in place of tokenizer.json's.
+            about = _names(tokenizer) | about | {"tokenizer_class": AS_IT_IS}
     else:
-        (directory / "tokenizer.json").write_bytes(_with_prompt(tokenizer))
-        chat = "chat_template" in (carried or {}) or any(directory.glob("chat_template.*"))
-        about = {**(carried or {}), **_about(tokenizer, chat)}
-        about = {key: value for key, value in about.items() if value is not None}
-        write_json(directory / "tokenizer_config.json", about)
+        chat = "chat_template" in carried or any(directory.glob("chat_template.*"))
+        data, about = _with_prompt(tokenizer), carried | _about(tokenizer, chat)
+    (directory / "tokenizer.json").write_bytes(data)
+    about = {key: value for key, value in about.items() if value is not None}
+    write_json(directory / "tokenizer_config.json", about)
     return token_ids(tokenizer)
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """config.json's bos_token_id, and its eos_token_id: all tokens at which generation ends."""
     bos, around = tokenizer.bos, tokenizer.separators
-    if bos is None and around.prompt is not None and around.prompt.alone:
-        bos = around.prompt.alone[0]
+    if bos is None and around.prompt is not None:
+        bos = next(iter(around.prompt.alone), None)
     ends = [end for end in (tokenizer.eos, *around.stop) if end is not None]
     return {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else tokenizer.eos}
 
@@ -82,21 +85,24 @@ def _with_prompt(tokenizer: Tokenizer) -> bytes:
 def _about(tokenizer: Tokenizer, chat: bool) -> dict[str, Any]:
     """What tokenizer_config.json must say; None: nothing of this key.
 
-    The class is the one that takes tokenizer.json as it is. Text that looks like a special token is
-    text, as in training, unless that would break a chat template.
+    Text that looks like a special token is text, as in training, but where there is a chat
+    template, which writes special tokens so.
     """
-    before, after = _around_prompt(tokenizer)
     own = tokenizer.separators.prompt
-    special = own.special if own is not None else chat
-    names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{k: None if t is None else tokenizer.engine.id_to_token(t) for k, t in names.items()},
-        "add_bos_token": None,
+    special = chat if own is None else own.special
+    return _names(tokenizer) | {
+        "tokenizer_class": AS_IT_IS,
+        "add_bos_token": None,  # tokenizer.json says it
         "add_eos_token": None,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": None if special else True,
     }
+
+
+def _names(tokenizer: Tokenizer) -> dict[str, Any]:
+    ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    name = tokenizer.engine.id_to_token
+    return {key: None if token is None else name(token) for key, token in ids.items()}
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
