@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+import transformers
 import yaml
 from safetensors.numpy import load_file, save_file
 
@@ -110,12 +111,71 @@ def test_files_of_the_bare_model_and_old_buffers(source, ours):
     same(load(source), ours[1])
 
 
-def test_a_tied_head_may_be_stored_if_it_is_the_embedding(source):
+INDEXED = {  # how a tied head is stored -> whether it is read
+    "listed, absent": True,
+    "listed, equal": True,
+    "listed, different": False,
+    "in the file, not listed": True,
+    "in place of the embedding": True,
+    "listed in a file that is absent": False,
+    "an old buffer listed, absent": True,
+}
+
+
+def read_by_transformers(directory):
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(directory)
+    except FileNotFoundError:
+        return None
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("case", INDEXED)
+def test_a_tied_head_in_an_index(case, prefix, source, ours):
+    """As in transformers, but that a different head is refused: there 4 drops it, 5 unties it."""
     edit_json(source / "config.json", tie_word_embeddings=True)
-    refused(lambda: load(source), "lm_head.weight", "tie_word_embeddings")
+    arrays = {n.replace("model.", prefix): a for n, a in load_file(source / SINGLE).items()}
+    (source / SINGLE).unlink()
+    embed = FIRST.replace("model.", prefix)
+    arrays["lm_head.weight"] = arrays[embed] + (case == "listed, different")
+    places = dict.fromkeys(arrays, "one.safetensors")
+    if case == "in the file, not listed":
+        del places["lm_head.weight"]
+    if case == "in place of the embedding":
+        del places[embed], arrays[embed]
+    if case == "listed in a file that is absent":
+        places["lm_head.weight"] = "two.safetensors"
+    if case == "an old buffer listed, absent":
+        places[f"{prefix}layers.0.self_attn.rotary_emb.inv_freq"] = "one.safetensors"
+    if "absent" in case:
+        del arrays["lm_head.weight"]
+    save_file(arrays, source / "one.safetensors", metadata={"format": "pt"})
+    (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    if prefix == "model.":
+        theirs = read_by_transformers(source)
+        assert (theirs is None) == (case == "listed in a file that is absent")
+        if theirs is not None:
+            head, embedding = theirs.get_output_embeddings(), theirs.get_input_embeddings()
+            assert (head.weight is embedding.weight) == INDEXED[case]
+    if INDEXED[case]:
+        read = load(source)
+        assert "head" not in read
+        same(read, {name: array for name, array in ours[1].items() if name != "head"})
+    elif case == "listed, different":
+        refused(lambda: load(source), "lm_head.weight", "tie_word_embeddings", "config.json")
+    else:
+        refused(lambda: load(source), "two.safetensors", "No such file")
+
+
+def test_a_tied_head_of_one_file(source):
+    edit_json(source / "config.json", tie_word_embeddings=True)
+    refused(lambda: load(source), "lm_head.weight", "tie_word_embeddings", "config.json")
     arrays = load_file(source / SINGLE)
     save_file(arrays | {"lm_head.weight": arrays[FIRST]}, source / SINGLE)
     assert "head" not in load(source)
+    del arrays["lm_head.weight"], arrays[FIRST]
+    save_file(arrays, source / SINGLE)
+    refused(lambda: load(source), FIRST, "missing")
 
 
 TENSORS = {

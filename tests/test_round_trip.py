@@ -6,16 +6,14 @@ padding tokens and a generation_config.json.
 
 import dataclasses
 import json
-import logging
 import os
-import shutil
+import stat
 
 import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jaxlm import run
 from jaxlm.cli import main
 from jaxlm.data import prepare
 from jaxlm.interop import carried
@@ -26,6 +24,7 @@ TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}<|bos|>{{ m['role'] }}\n{{ m['content'] }}<|eot|>"
     "{% endfor %}{% if add_generation_prompt %}<|bos|>assistant\n{% endif %}"
 )
+MASK = 0o027
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the mesh?"}]
 SHARED = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -55,9 +54,9 @@ CASES = {
         SHARED | dict(
             model_type="llama", architectures=["LlamaForCausalLM"], intermediate_size=48,
             tie_word_embeddings=True, rope_theta=500000.0, rope_scaling=LLAMA3, pretraining_tp=1,
-            attention_bias=False, mlp_bias=False, bos_token_id=0, eos_token_id=[1, 2, 269],
+            attention_bias=False, mlp_bias=False, bos_token_id=0, eos_token_id=[1, 2, 999],
         ),
-        dict(bos_token_id=0, eos_token_id=[1, 2, 269], do_sample=True, temperature=0.6, top_p=0.9),
+        dict(bos_token_id=0, eos_token_id=[1, 2, 999], do_sample=True, temperature=0.6, top_p=0.9),
         dict(bos_token="<|bos|>", eos_token="<|eot|>", chat_template=TEMPLATE),
         {"LICENSE": "terms\n"},
         bos=True,
@@ -128,11 +127,13 @@ def write(directory, name, values):
     (directory / name).write_text(values if isinstance(values, str) else json.dumps(values))
 
 
-def publish(directory, case):
+def publish(directory, case, weights=True):
     """A directory as a publisher writes it."""
-    torch.manual_seed(0)
-    kind = transformers.AutoConfig.for_model(**case.config)
-    transformers.AutoModelForCausalLM.from_config(kind).float().save_pretrained(directory)
+    directory.mkdir()
+    if weights:
+        torch.manual_seed(0)
+        kind = transformers.AutoConfig.for_model(**case.config)
+        transformers.AutoModelForCausalLM.from_config(kind).float().save_pretrained(directory)
     make_tokenizer(case.bos).save(str(directory / "tokenizer.json"))
     about = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=123456)
     about |= dict(pad_token="<|pad|>", clean_up_tokenization_spaces=False)
@@ -151,21 +152,28 @@ def trips(tmp_path_factory):
     def travel(family):
         if family not in made:
             root = tmp_path_factory.mktemp(family)
-            names = ("published", "imported", "untrained", "data", "trained", "again")
-            places = {name: root / name for name in names}
-            publish(places["published"], CASES[family])
-            command("import", places["published"], places["imported"], "mesh.data=8")
-            command("export", places["imported"], places["untrained"])
-            (root / "text.txt").write_text("\n".join(TEXTS * 40))
-            prepare.prepare(
-                places["data"], [root / "text.txt"], places["imported"], report=lambda _: None
-            )
-            command("train", *start_from(places["imported"], places["data"], places["trained"]))
-            command("export", places["trained"], places["again"], "--dtype", "bfloat16")
-            made[family] = places
+            usual = os.umask(MASK)
+            try:
+                made[family] = journey(root, CASES[family])
+            finally:
+                os.umask(usual)
         return made[family]
 
     return travel
+
+
+def journey(root, case):
+    names = ("published", "imported", "untrained", "data", "trained", "moved", "again")
+    places = {name: root / name for name in names}
+    publish(places["published"], case)
+    command("import", places["published"], places["imported"], "mesh.data=8")
+    command("export", places["imported"], places["untrained"])
+    (root / "text.txt").write_text("\n".join(TEXTS * 40))
+    prepare.prepare(places["data"], [root / "text.txt"], places["imported"], report=lambda _: None)
+    command("train", *start_from(places["imported"], places["data"], places["trained"]))
+    places["trained"].rename(places["moved"])
+    command("export", places["moved"], places["again"], "--dtype", "bfloat16")
+    return places
 
 
 def command(*arguments):
@@ -218,8 +226,7 @@ def test_every_fact_comes_back(family, export, trips):
 def test_a_chat_is_the_same_tokens(family, export, trips):
     places = trips(family)
     before, after = (
-        transformers.AutoTokenizer.from_pretrained(places[place])
-        for place in ("published", export)
+        transformers.AutoTokenizer.from_pretrained(places[place]) for place in ("published", export)
     )
     for options in ({}, {"add_generation_prompt": True}):
         text, ids = (
@@ -251,3 +258,30 @@ def test_transformers_generates_with_what_comes_back(family, trips):
     length = chat["input_ids"].shape[1]
     assert tokens["again"][:length] == tokens["published"][:length]
     assert len(tokens["again"]) > length
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_all_that_commands_write_has_the_usual_permissions(family, trips):
+    places = trips(family)
+    for name in ("imported", "untrained", "data", "moved", "again"):
+        for path in [places[name], *places[name].rglob("*")]:
+            usual = (0o777 if path.is_dir() else 0o666) & ~MASK
+            assert stat.S_IMODE(path.stat().st_mode) == usual, path
+
+
+def test_texts_beyond_the_positions_of_a_model_are_warned_of(trips, caplog, capsys):
+    places, words = trips("llama"), "max_position_embeddings=300"
+    generate = ["generate", places["imported"], "--prompt", "the", "--temperature", "0"]
+    command(*generate, "--tokens", 297)  # with the token that starts a text, 298 + 3 - 1
+    assert words not in caplog.text
+    command(*generate, "--tokens", 300)
+    assert f"tokens=300 to generate is above {words}" in caplog.text
+    caplog.clear()
+    long = "batch.sequence_length=304"
+    command("config", "check", *start_from(places["imported"], places["data"], "x", long))
+    assert f"{long} is above {words}" in capsys.readouterr().out
+    command("eval", places["imported"], "--split", "train", f"data.path={places['data']}", long)
+    assert f"{long} is above {words}" in caplog.text
+    # What a run was trained on is no longer beyond its model.
+    places = trips("gpt2")  # learned positions: there nothing can be computed beyond
+    assert main(["generate", str(places["imported"]), "--tokens", "400"]) == 2
