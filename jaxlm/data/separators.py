@@ -16,7 +16,7 @@ import yaml
 from tokenizers import Tokenizer as Engine
 from tokenizers.models import WordLevel
 
-from jaxlm.config import UserError
+from jaxlm.config import UserError, check_text
 
 FILE = "separators.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -70,6 +70,7 @@ def named(engine: Engine, name: str, flag: str) -> int | None:
     """The id of the token that a flag names; None for "none"."""
     if name == "none":
         return None
+    check_text(flag, name)
     token = engine.token_to_id(name)
     if token is None:
         raise UserError(f"{flag}={name}: the tokenizer has no such token; or none")
