@@ -91,7 +91,7 @@ def _read(file: Path, engine: Engine, sha256: str) -> Separators:
             ids = {key: _ids(prompt, key, file) for key in ("before", "after", "alone")}
             prompt = Prompt(**ids, special=bool(prompt["special"]))
         return Separators(bos, eos, _ids(values, "stop", file), prompt)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file}: is damaged: {type(error).__name__} {error}; it has ids bos, eos, stop"
         ) from None
