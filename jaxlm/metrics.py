@@ -289,9 +289,10 @@ def closing_words(config: cfg.Config, run_dir: Path, start: int, prompt: str) ->
     if start >= config.steps:
         return f"{run_dir} is at step {start} already; set steps={2 * start} to go on"
     prompt = f" --prompt {shlex.quote(prompt)}" if prompt else ""
+    where, out = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}/hugging-face")
     return (
         f"done: {run_dir} has metrics.jsonl, samples.jsonl and checkpoints. Try next:\n"
-        f"  jaxlm generate {run_dir}{prompt}\n"
-        f"  jaxlm eval {run_dir}\n"
-        f"  jaxlm export {run_dir} {run_dir}/hugging-face"
+        f"  jaxlm generate {where}{prompt}\n"
+        f"  jaxlm eval {where}\n"
+        f"  jaxlm export {where} {out}"
     )

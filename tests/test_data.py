@@ -37,8 +37,8 @@ from jaxlm.data.load import (
 )
 from jaxlm.data.pack import FIELDS, evaluation_items, item, pack
 from jaxlm.data.prepare import prepare
-from jaxlm.data.split import read_manifest, verify
 from jaxlm.data.separators import Prompt
+from jaxlm.data.split import read_manifest, verify
 from jaxlm.data.tokenize import (
     decode,
     encode,
