@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -16,6 +17,9 @@ OVERRIDES = "key.sub=value: overrides of the config, e.g. mesh.fsdp=8 optimizer.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 for a user's mistake, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escapes for what a terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes positional arguments in one run only; overrides may stand anywhere

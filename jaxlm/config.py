@@ -48,6 +48,17 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+def check_text(key: str, text: str) -> None:
+    """Refuse text that UTF-8 cannot hold: a command line has such for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{key}={text!r} has a byte that is not UTF-8 text, {text[error.start]!r}; "
+            "write it in UTF-8, and where the locale is another set PYTHONUTF8=1"
+        ) from None
+
+
 def key(
     default: Any,
     doc: str,

@@ -81,6 +81,8 @@ def continuation(tokenizer: Tokenizer, prompt: str, read: list[int], made: list[
 
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
     """The tokens of each prompt, after those that start a text."""
+    for prompt in prompts:
+        cfg.check_text("prompt", prompt)
     found = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for prompt, tokens in zip(prompts, found, strict=True):
         if not tokens:

@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -283,13 +284,15 @@ def describe_run(config, mesh: Mesh, layout: Layout, structure: Structure, start
     )
 
 
-def closing_words(config: cfg.Config, run_dir: Path, start: int) -> str:
-    """What was made and what to try next."""
+def closing_words(config: cfg.Config, run_dir: Path, start: int, prompt: str) -> str:
+    """What was made and what to try next, with a prompt that fits the data (empty: none)."""
     if start >= config.steps:
         return f"{run_dir} is at step {start} already; set steps={2 * start} to go on"
+    prompt = f" --prompt {shlex.quote(prompt)}" if prompt else ""
+    where, out = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}/hugging-face")
     return (
         f"done: {run_dir} has metrics.jsonl, samples.jsonl and checkpoints. Try next:\n"
-        f"  jaxlm generate {run_dir} --prompt 'def main('\n"
-        f"  jaxlm eval {run_dir}\n"
-        f"  jaxlm export {run_dir} {run_dir}/hugging-face"
+        f"  jaxlm generate {where}{prompt}\n"
+        f"  jaxlm eval {where}\n"
+        f"  jaxlm export {where} {out}"
     )

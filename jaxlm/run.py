@@ -16,7 +16,16 @@ from jax.sharding import Mesh
 
 from jaxlm import checkpoint, configfile
 from jaxlm import config as cfg
-from jaxlm.data import Tokenizer, load, load_tokenizer, prepare_corpus, separators
+from jaxlm.data import (
+    Split,
+    Tokenizer,
+    decode,
+    load,
+    load_tokenizer,
+    prepare_corpus,
+    separators,
+)
+from jaxlm.data.split import read_tokens
 from jaxlm.sharding import Layout, place
 from jaxlm.state import (
     Arrays,
@@ -31,6 +40,7 @@ from jaxlm.state import (
 )
 
 logger = logging.getLogger("jaxlm")
+EXAMPLE_TOKENS = 24  # read from a document for a prompt to suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +123,16 @@ def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def example_prompt(config: cfg.Config, tokenizer: Tokenizer, training: Split) -> str:
+    """A prompt that fits a run's data: the first words of its first document."""
+    if Path(config.data.path).name == config.data.corpus == "python-stdlib":
+        return "def main("
+    shard = training.shards[0]
+    ids = read_tokens(shard, 0, min(EXAMPLE_TOKENS, int(shard.ends_D[0])))
+    words = [word for word in decode(tokenizer, ids).split() if "\ufffd" not in word]
+    return " ".join(words[:3])
 
 
 def find_tokenizer(config: cfg.Config) -> Tokenizer:

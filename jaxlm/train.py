@@ -183,6 +183,7 @@ def train(config: cfg.Config) -> None:
         shardings = batch_shardings(config, layout, mesh)
         held_out = make_evaluation(config, structure, layout, shardings, options)
         tokenizer = run.training_tokenizer(config)
+        example = run.example_prompt(config, tokenizer, training)
         write_samples = make_sampling(config, structure, layout, mesh, tokenizer)
         state, start = run.first_state(config, layout, optimizer, mesh, facts)
         batches = load.batches(
@@ -230,7 +231,7 @@ def train(config: cfg.Config) -> None:
             checkpoint.finish(manager)
             if start < config.steps:
                 log.compare(config.steps, prediction)
-            log.say(metrics.closing_words(config, run_dir, start))
+            log.say(metrics.closing_words(config, run_dir, start, example))
 
 
 def predict(config: cfg.Config, mesh: Mesh, structure: Structure) -> dict[str, Any]:

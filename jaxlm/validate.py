@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxlm.config import AXES, DIMS, RULES, STORAGE, Config, Mesh, UserError, padded_vocab
+from jaxlm.config import (
+    AXES,
+    DIMS,
+    RULES,
+    STORAGE,
+    Config,
+    Mesh,
+    UserError,
+    check_text,
+    padded_vocab,
+)
 from jaxlm.configfile import did_you_mean
 from jaxlm.models import family_module
 
@@ -32,6 +43,7 @@ Table = dict[str, tuple[str, ...]]
 
 def validate(config: Config, num_devices: int | None = None) -> None:
     """Raise UserError for the first mistake; without num_devices an axis of -1 counts as 1."""
+    _check_text(dataclasses.asdict(config))
     for check in (_check_run, _check_devices, _check_optimizer, _check_remat, _check_kernel):
         check(config)
     _check_sample(config)
@@ -194,6 +206,16 @@ def _check_arrays(rules: Table, sizes: dict[str, int]) -> Iterator[str]:
                         f"({', '.join(dims.split())}); take {axis} from one of them"
                     )
                 owner[axis] = dim
+
+
+def _check_text(values: Mapping[str, Any], prefix: str = "") -> None:
+    """All text can be kept in config.yaml, and read by a tokenizer."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _check_text(value, f"{prefix}{name}.")
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str):
+                check_text(f"{prefix}{name}", text)
 
 
 def _check_run(config: Config) -> None:

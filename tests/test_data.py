@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from jaxlm.data.load import (
 )
 from jaxlm.data.pack import FIELDS, evaluation_items, item, pack
 from jaxlm.data.prepare import prepare
+from jaxlm.data.separators import Prompt
 from jaxlm.data.split import read_manifest, verify
 from jaxlm.data.tokenize import (
     decode,
@@ -301,6 +303,86 @@ def test_separators_of_a_loaded_tokenizer(tmp_path):
 
 
 # Prepared datasets
+
+
+def test_separators_of_a_run(tmp_path):
+    """separators.json rules; a run without it has those of its dataset, or else usual names."""
+    (tmp_path / "data").mkdir()
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
+    engine.add_special_tokens(["<s>", "</s>", "<|im_end|>", "<|eot|>"])
+    data = engine.to_str().encode()
+    digest = hashlib.sha256(data).hexdigest()
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    (tmp_path / "config.yaml").write_text(f"data: {{path: {tmp_path / 'data'}}}")
+
+    def found(**facts):
+        if facts:
+            (tmp_path / "separators.json").write_text(json.dumps(facts))
+        around = load_tokenizer(tmp_path).separators
+        return around.bos, around.eos, around.stop
+
+    assert found() == (1, 2, ())
+    manifest = {"bos": None, "eos": 3, "tokenizer_sha256": digest}
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    assert found() == (None, 3, ())
+    (tmp_path / "data" / "manifest.json").write_text(
+        json.dumps(manifest | {"tokenizer_sha256": "0"})
+    )
+    assert found() == (1, 2, ())
+    assert found(bos=None, eos=3, stop=[4, 2]) == (None, 3, (4, 2))
+    assert found(bos=None, eos=None, stop=[], tokenizer_sha256=digest) == (None, None, ())
+    assert load_tokenizer(tmp_path, bos="<s>").separators.eos is None
+    for facts, words in (
+        (dict(bos=7, eos=None, stop=[]), "bos: token 7 is not in the tokenizer.json beside it"),
+        (dict(bos=True, eos=None, stop=[]), "bos: token True is not in"),
+        (dict(bos=1, eos=2, stop=["</s>"]), "stop=['</s>'] must be the id of a token, a list"),
+        (dict(bos=1, stop=[]), "is damaged: KeyError 'eos'"),
+        (dict(bos=1, eos=2, stop=[], prompt=3), "is damaged"),
+        (dict(bos=1, eos=2, stop=[], tokenizer_sha256="0"), "was written for another tokenizer"),
+    ):
+        text = message(found, **facts)
+        assert "separators.json" in text and words in text, text
+
+
+def test_separators_of_a_model(tmp_path):
+    """What transformers reads: lists of ends, ids that the tokenizer lacks, who adds what."""
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
+    engine.add_special_tokens(["<s>", "</s>", "<|im_end|>", "<|eot|>"])
+    template = tokenizers.processors.TemplateProcessing(
+        "<s> <s> $A </s>", None, [("<s>", 1), ("</s>", 2)]
+    )
+
+    def found(post=None, **files):
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        path.mkdir()
+        if post:
+            engine.post_processor = post
+        engine.save(str(path / "tokenizer.json"))
+        for name, facts in {"config": {}, **files}.items():
+            (path / f"{name}.json").write_text(json.dumps(facts))
+        return load_tokenizer(path).separators
+
+    ids = lambda around: (around.bos, around.eos, around.stop)
+    nothing = {"bos_token_id": None, "eos_token_id": None}
+    assert ids(found(config=nothing)) == (1, 2, ())
+    assert ids(found(config={"bos_token_id": 1, "eos_token_id": [4, 3]})) == (1, 4, (3,))
+    assert ids(found(config={"bos_token_id": 70, "eos_token_id": [80, 3, 3]})) == (None, 3, (80,))
+    about = {"bos_token": None, "eos_token": "<|im_end|>"}
+    chat = found(
+        config={"bos_token_id": 4, "eos_token_id": 3},
+        generation_config={"eos_token_id": [3, 4]},
+        tokenizer_config=about,
+    )
+    assert ids(chat) == (None, 3, (4,))
+    assert chat.prompt == Prompt(before=(), after=(), alone=(4,), special=True)
+    assert "eos_token_id='x' must be" in message(found, config={"eos_token_id": "x"})
+
+    around = lambda **about: found(tokenizer_config={"bos_token": "<s>", **about}).prompt
+    assert around(add_bos_token=True).before == (1,)
+    assert around().before == around(add_bos_token=False).before == ()
+    assert around(split_special_tokens=True).special is False
+    assert found(template).prompt == Prompt(before=(1, 1), after=(2,), alone=(1,), special=True)
+    assert around(add_bos_token=False).before == (), "as transformers does, over tokenizer.json"
 
 
 def stored_documents(path: Path, split: str) -> list[list[int]]:

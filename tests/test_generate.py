@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tokenizer_kinds
 import torch
 import transformers
 from jax.sharding import NamedSharding
+from tokenizers import normalizers
 
 from jaxlm import devices, generate
 from jaxlm.config import Devices, UserError
-from jaxlm.data.tokenize import make_bytes, make_characters
+from jaxlm.data.tokenize import decode, encode, load_tokenizer, make_bytes, make_characters
 from jaxlm.models.decoder import logits
 from jaxlm.state import model_structure, open_mesh
 
@@ -303,6 +305,44 @@ def test_a_row_ends_before_eos_and_the_others_go_on():
     assert len(found[1]) < 8 and max(map(len, found)) == 8
 
 
+def test_a_row_ends_at_whichever_end_comes_first():
+    parts = build("llama")
+    whole = generate.generate_tokens(*parts, PROMPTS, tokens=8)
+    ends = [whole[0][5], whole[1][3], whole[1][6], 299]
+    found = generate.generate_tokens(*parts, PROMPTS, tokens=8, eos=ends)
+    until = lambda row: next((n for n, token in enumerate(row) if token in ends), len(row))
+    assert found == [row[: until(row)] for row in whole]
+    assert len({len(row) for row in found}) > 1
+
+
+def test_prompt_and_continuation_read_as_one_text(tmp_path):
+    tokenizer_kinds.llama2(tmp_path)
+    marked = load_tokenizer(tmp_path)
+    ids = lambda tokenizer, text: encode(tokenizer, text).tolist()
+
+    def text(tokenizer, prompt, made, read=None):
+        read = ids(tokenizer, prompt) if read is None else read
+        return generate.continuation(tokenizer, prompt, read, made)
+
+    sat, letter = ids(marked, "sat on"), [token - 1 for token in ids(make_bytes(), "\u20ac")]
+    assert decode(marked, sat) == "sat on", "the decoder drops the first space"
+    assert text(marked, "the cat", sat) == " sat on"
+    assert text(marked, "the cat", sat, [1, *ids(marked, "the cat")]) == " sat on"
+    assert text(marked, "", sat, [1]) == "sat on"
+    # Bytes, some of them without the rest of their character.
+    bytes_ = [3 + byte for byte in letter]
+    assert text(marked, "the \u20ac", bytes_) == "\u20ac"
+    assert text(marked, "the \u20ac", bytes_[:1] + sat) == "\ufffd sat on"
+    assert text(make_bytes(), "\u20ac", [byte + 1 for byte in letter[:2]]) == "\ufffd"
+    # A tokenizer that changes its text.
+    engine = marked.engine
+    engine.normalizer = normalizers.Sequence([normalizers.Strip(), engine.normalizer])
+    assert text(marked, "the cat ", sat) == "sat on"
+    assert text(marked, " the cat", sat) == " sat on"
+    engine.normalizer = normalizers.Sequence([normalizers.Lowercase(), engine.normalizer])
+    assert text(marked, "The CAT", sat) == " sat on"
+
+
 def test_a_row_does_not_depend_on_the_others():
     parts, settings = build("llama", "fsdp x tensor"), dict(tokens=8, temperature=1.0, seed=5)
     found = generate.generate_tokens(*parts, PROMPTS, **settings)
@@ -347,6 +387,8 @@ def test_text():
         continue_(letters, "a", "")
     with pytest.raises(UserError, match="character 'd'"):
         continue_(letters, "abcd")
+    with pytest.raises(UserError, match=r"prompt='a.udce9' has a byte that is not UTF-8"):
+        continue_(letters, os.fsdecode(b"a\xe9"))
 
 
 BAD = {

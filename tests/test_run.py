@@ -1,20 +1,27 @@
 """Whole runs from the command line: what they write, how they go on, where they stop."""
 
+import dataclasses
+import io
 import json
+import os
 import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import yaml
 
+from jaxlm import metrics
 from jaxlm.cli import main
-from jaxlm.data import open_split
+from jaxlm.data import load_tokenizer, open_split
 from jaxlm.data.prepare import prepare
-from jaxlm.run import load_config
+from jaxlm.data.separators import Separators
+from jaxlm.data.tokenize import make_characters
+from jaxlm.run import example_prompt, keep_tokenizer, load_config, training_tokenizer
 
 KEYS = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "step_seconds"}
 STEPS = 60
@@ -142,6 +149,76 @@ def test_generate_export_import_round_trip(alone, tmp_path, capsys):
     again = ["generate", str(tmp_path / "again"), "--prompt", "mesh ", "--temperature=0"]
     assert main(again + ["precision.compute=float32"]) == 0
     assert capsys.readouterr().out == text
+
+
+def test_a_terminal_of_few_characters_shows_escapes(alone, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("caf\u00e9 \u20ac5 " * 100)
+    prepare(tmp_path / "data", [tmp_path / "text.txt"], "bytes", validation_fraction=0)
+    capsys.readouterr()
+    here = ["devices.simulate=0", "mesh.fsdp=8"]
+    prompt = ["--prompt=caf\u00e9 \u20ac", "--tokens=2", "--temperature=0"]
+    for command in (
+        ["data", "show", str(tmp_path / "data"), "--sequence-length=16"],
+        ["generate", str(alone[0]), *prompt, *here],
+    ):
+        for encoding in ("latin-1", "ascii"):
+            screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+            monkeypatch.setattr("sys.stdout", screen)
+            assert main(command) == 0
+            screen.flush()
+            text = screen.buffer.getvalue().decode(encoding)
+            e = "\u00e9" if encoding == "latin-1" else r"\xe9"
+            assert f"caf{e} \\u20ac" in text
+    odd = os.fsdecode(b"caf\xe9")
+    assert main(["generate", str(alone[0]), "--prompt", odd, *here]) == 2
+    assert main(["train", str(alone[0]), f"sample.prompts=['{odd}']", *here]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and err.count("udce9") >= 2, err
+
+
+def test_the_prompt_to_try_fits_the_data(alone, tmp_path):
+    assert " --prompt 'caf\u00e9 it'\"'\"'s 5'" in closing(
+        tmp_path, "\n\n caf\u00e9 it's 5 o'clock"
+    )
+    assert "generate run\n" in closing(tmp_path, " \n" * 40)
+    assert "--prompt '\u65e5" in closing(tmp_path, "\u65e5\u672c (\u8a9e)" * 9)
+    assert "def main(" not in alone[1] and "jaxlm generate" in alone[1]
+    corpus = tmp_path / "python-stdlib"
+    (tmp_path / "data").rename(corpus)
+    assert "--prompt 'def main('" in closing(tmp_path, "", corpus)
+
+
+def closing(tmp_path, text, data=None):
+    """The last words of a run on this text."""
+    made = data or tmp_path / "data"
+    if data is None:
+        (tmp_path / "text.txt").write_text(text)
+        prepare(made, [tmp_path / "text.txt"], "bytes", validation_fraction=0, overwrite=True)
+    config = tiny.config("llama", f"data.path={made}", "data.corpus=python-stdlib")
+    prompt = example_prompt(config, load_tokenizer(made), open_split(made, "train"))
+    return metrics.closing_words(config, Path("run"), 0, prompt)
+
+
+def test_texts_end_where_those_of_the_first_weights_did(tmp_path, data):
+    """An import may have more ends than its data: a run that starts from it keeps them."""
+    run, first = tmp_path / "run", tmp_path / "first"
+    first.mkdir()
+    around = Separators(bos=1, eos=2, stop=(3, 0))
+    keep_tokenizer(first, dataclasses.replace(load_tokenizer(data), separators=around))
+    where = [f"data.path={data}", f"run.dir={run}"]
+    alone = training_tokenizer(tiny.config("llama", *where))
+    assert alone.separators == Separators(0, 0)
+    started = training_tokenizer(tiny.config("llama", *where, f"checkpoint.start_from={first}"))
+    assert started.separators == Separators(0, 0, stop=(2, 3))
+    run.mkdir()
+    keep_tokenizer(run, started)
+    assert load_tokenizer(run).separators == started.separators
+    assert training_tokenizer(tiny.config("llama", *where)).separators == started.separators
+    (first / "tokenizer.json").write_bytes(make_characters(["abc"]).data)
+    (first / "separators.json").write_text('{"bos": null, "eos": null, "stop": [1]}')
+    shutil.rmtree(run)
+    other = training_tokenizer(tiny.config("llama", *where, f"checkpoint.start_from={first}"))
+    assert other.separators == Separators(0, 0), "ids of another tokenizer"
 
 
 def test_a_run_starts_from_imported_weights(alone, data, tmp_path, capsys):

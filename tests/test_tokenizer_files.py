@@ -121,7 +121,8 @@ def test_a_trained_run_reads_prompts_as_its_documents_begin(case, tmp_path, caps
     data, made, out = (tmp_path / name for name in ("data", "run", "hf"))
     out_data = f"--out={data}"
     run_command(capsys, "data", "prepare", text, out_data, *flags, "--validation-fraction=0")
-    prompts = ["the cat", "the dog", "<|endoftext|>"]
+    manifest = json.loads((data / "manifest.json").read_text())
+    prompts = ["the cat", " dog\n", "<|endoftext|>", *([] if manifest["bos"] is None else [""])]
     sample = ["sample.every=2", f"sample.prompts={json.dumps(prompts)}", "sample.temperature=0"]
     run_command(
         capsys, "train", tiny.CONFIGS / "llama.yaml", f"data.path={data}", f"run.dir={made}",
@@ -130,7 +131,6 @@ def test_a_trained_run_reads_prompts_as_its_documents_begin(case, tmp_path, caps
     found = ours(capsys, made, prompts)
     assert [r["text"] for r in tiny.records(made, "samples.jsonl")] == found[1]
 
-    manifest = json.loads((data / "manifest.json").read_text())
     kept = json.loads((made / "separators.json").read_text())
     assert [kept[k] for k in ("bos", "eos")] == [manifest[k] for k in ("bos", "eos")]
     first = [] if manifest["bos"] is None else [manifest["bos"]]

@@ -16,7 +16,7 @@ import yaml
 from tokenizers import Tokenizer as Engine
 from tokenizers.models import WordLevel
 
-from jaxlm.config import UserError
+from jaxlm.config import UserError, check_text
 
 FILE = "separators.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -70,6 +70,7 @@ def named(engine: Engine, name: str, flag: str) -> int | None:
     """The id of the token that a flag names; None for "none"."""
     if name == "none":
         return None
+    check_text(flag, name)
     token = engine.token_to_id(name)
     if token is None:
         raise UserError(f"{flag}={name}: the tokenizer has no such token; or none")
@@ -90,7 +91,7 @@ def _read(file: Path, engine: Engine, sha256: str) -> Separators:
             ids = {key: _ids(prompt, key, file) for key in ("before", "after", "alone")}
             prompt = Prompt(**ids, special=bool(prompt["special"]))
         return Separators(bos, eos, _ids(values, "stop", file), prompt)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file}: is damaged: {type(error).__name__} {error}; it has ids bos, eos, stop"
         ) from None

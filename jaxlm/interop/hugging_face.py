@@ -395,7 +395,8 @@ def import_run(source: PathLike, out: PathLike, overrides: Sequence[str]) -> Non
             fixed = {name: array for name, array in arrays.items() if name not in chosen}
             state = State(jnp.zeros((), jnp.int32), params, fixed, ())
         if jax.process_index() == 0:
-            (directory / "config.yaml").write_text(configfile.dump(config))
+            text = configfile.dump(config)
+            (directory / "config.yaml").write_text(text, encoding="utf-8")
             carried.keep(source, directory)
             if (source / "tokenizer.json").exists():
                 run.keep_tokenizer(directory, load_tokenizer(inside(source, "tokenizer.json")))
@@ -425,7 +426,7 @@ def _run_config(
         values["mesh"] = {"fsdp": -1}
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "config.yaml"
-        file.write_text(yaml.safe_dump(values))
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
         try:
             config = configfile.load(
                 file, [*overrides, f"run.dir={configfile.yaml_text(str(out))}"]

@@ -118,7 +118,7 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
         return kept | {"cached": True}
     with tempfile.TemporaryDirectory(prefix="jaxlm-plan-") as folder:
         path = Path(folder) / "config.yaml"
-        path.write_text(configfile.dump(config))
+        path.write_text(configfile.dump(config), encoding="utf-8")
         done = _run_worker(path, target, config.plan.timeout)
     if done.returncode:
         raise CompileError(_last_words(done, target))
