@@ -1,5 +1,6 @@
 """The same prompt gives the same tokens here and in transformers, before and after training."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,9 @@ import transformers
 
 from jaxlm import generate, run
 from jaxlm.cli import main
+from jaxlm.data import encode_prompt, load_tokenizer
+from jaxlm.data.separators import Separators
+from jaxlm.interop.tokenizer_files import write_tokenizer
 
 WIDTHS = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -143,3 +147,34 @@ def test_a_trained_run_reads_prompts_as_its_documents_begin(case, tmp_path, caps
     again = [f"--tokenizer={made}", "--validation-fraction=0"]
     run_command(capsys, "data", "prepare", text, f"--out={tmp_path / 'again'}", *again)
     assert json.loads((tmp_path / "again" / "manifest.json").read_text()) == manifest
+
+
+@pytest.mark.parametrize("kind", tokenizer_kinds.KINDS)
+def test_what_tokenizer_config_json_came_with_is_kept(kind, tmp_path):
+    """Of an import all but what a trained run decides; its AutoTokenizer still agrees with ours."""
+    source, made = tmp_path / "hf", tmp_path / "run"
+    tokenizer_kinds.KINDS[kind](source)
+    came = json.loads((source / "tokenizer_config.json").read_text())
+    came |= {"model_max_length": 131072, "add_bos_token": kind == "llama2"}
+    (source / "tokenizer_config.json").write_text(json.dumps(came))
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    imported = load_tokenizer(source)
+    bos = None if imported.bos is None else imported.eos  # another than the tokenizer would put
+    trained = dataclasses.replace(imported, separators=Separators(bos, imported.eos))
+    for name, tokenizer in (("imported", imported), ("trained", trained)):
+        (made / name).mkdir(parents=True)
+        run.keep_tokenizer(made / name, tokenizer)
+        out = tmp_path / f"{name} out"
+        out.mkdir()
+        ids = write_tokenizer(out, made / name, came)
+        assert ids == {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+        (out / "config.json").write_text('{"model_type": "llama"}')
+        about = json.loads((out / "tokenizer_config.json").read_text())
+        assert name == "trained" or about.keys() >= came.keys()
+        owned = {"tokenizer_class", "bos_token", "add_bos_token", "split_special_tokens"}
+        keep = came.keys() - (owned if name == "trained" else {"tokenizer_class"})
+        assert {k: about.get(k) for k in keep} == {k: came[k] for k in keep}
+        theirs = transformers.AutoTokenizer.from_pretrained(out)
+        for prompt in PROMPTS if "chat_template" not in came else PROMPTS[:3]:
+            assert theirs(prompt)["input_ids"] == encode_prompt(tokenizer, prompt), prompt
+    assert ("split_special_tokens" in about) == (kind != "qwen")

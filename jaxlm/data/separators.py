@@ -134,13 +134,7 @@ def _of_model(directory: Path, engine: Engine) -> Separators:
     stop = tuple(token for token in ends if token != eos)
     if not (directory / "config.json").is_file():
         return Separators(bos, eos, stop)
-    if "add_bos_token" in about or "add_eos_token" in about:  # these rule in transformers
-        before, after = (
-            (token,) if about.get(key) and token is not None else ()
-            for key, token in (("add_bos_token", bos), ("add_eos_token", eos))
-        )
-    else:
-        before, after = surroundings(engine)
+    before, after = surroundings(engine)  # add_bos_token is not read beside a tokenizer.json
     alone = begins[:1] or (() if bos is None else (bos,))
     special = not about.get("split_special_tokens", False)
     return Separators(bos, eos, stop, Prompt(before, after, alone, special))

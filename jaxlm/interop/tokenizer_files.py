@@ -35,7 +35,8 @@ def write_tokenizer(
         chat = "chat_template" in carried or any(directory.glob("chat_template.*"))
         data, about = _with_prompt(tokenizer), carried | _about(tokenizer, chat)
     (directory / "tokenizer.json").write_bytes(data)
-    about = {key: value for key, value in about.items() if value is not None}
+    nulls = carried if around.prompt is not None else {}  # they too were said
+    about = {key: value for key, value in about.items() if value is not None or key in nulls}
     write_json(directory / "tokenizer_config.json", about)
     return token_ids(tokenizer)
 
