@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.config import Batch, UserError
 from jaxlm.data import check_vocab, open_split, prepare_corpus, sources
 from jaxlm.data.command import add_parser
+from jaxlm.data.files import Tally, find_files
 from jaxlm.data.load import (
     batches,
     check_data_state,
@@ -102,7 +103,7 @@ def message(call, *args, **kwargs) -> str:
 
 
 def read(inputs, **kwargs) -> list[sources.Document]:
-    return list(sources.read_documents(sources.find_files(inputs, quiet), **kwargs))
+    return list(sources.read_documents(find_files(inputs), **kwargs))
 
 
 def test_every_format_gives_the_same_texts(tmp_path):
@@ -130,11 +131,14 @@ def test_order_and_ids_do_not_depend_on_inputs(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     wanted = ["sub/x.md", "sub/y.txt", "z.txt"]
-    reports: list[str] = []
-    assert [file.id for file in sources.find_files([tmp_path], reports.append)] == wanted
-    assert reports == ["skipped 1 files of other kinds: suffix .png"]
+    left_out: Tally = {}
+    assert [file.id for file in find_files([tmp_path], left_out)] == wanted
+    assert left_out == {
+        "hidden": {"count": 1, "first": str(tmp_path / ".hidden")},
+        "of unknown suffix": {"count": 1, "first": str(tmp_path / "picture.png")},
+    }
     mixed = [tmp_path / "z.txt", f"{tmp_path}/sub/*.txt", f"{tmp_path}/**/*.md", tmp_path]
-    assert [file.id for file in sources.find_files(mixed, quiet)] == wanted
+    assert [file.id for file in find_files(mixed)] == wanted
 
 
 def test_python_stdlib_is_the_library_without_tests():
@@ -154,14 +158,14 @@ def broken_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     compressed = zstandard.ZstdCompressor().compress(os.urandom(4096))
     contents = {
         "json.jsonl": (good + b"{oops\n", "json.jsonl:2: not JSON"),
-        "list.jsonl": (b"[1]\n", "list.jsonl:1: no field 'text'"),
+        "list.jsonl": (b"[1]\n", "list.jsonl: item 1: no field 'text'"),
         "field.jsonl": (
             good + b'{"body": "b"}\n',
             "field.jsonl:2: no field 'text' (there is: body",
         ),
         "number.jsonl": (b'{"text": 3}\n', "number.jsonl:1: field 'text' is int"),
         "half.jsonl": (b'{"text": "\\ud800"}\n', "half.jsonl:1: field 'text' has half"),
-        "deep.jsonl": (b"[" * 200000, "deep.jsonl:1: not JSON"),
+        "deep.jsonl": (b"[" * 200000, "deep.jsonl: item 1: not JSON"),
         "latin.txt": (b"caf\xe9", "latin.txt: not UTF-8 at byte 3"),
         "latin.jsonl": (b'{"text": "\xff"}', "latin.jsonl:1: not UTF-8"),
         "cut.txt.gz": (gzip.compress(b"x" * 999)[:-9], "cut.txt.gz: cannot be read"),
