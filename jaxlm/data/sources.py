@@ -118,8 +118,7 @@ def read_documents(files: Sequence[File], text_field: str = "text") -> Iterator[
         elif suffix == ".parquet":
             yield from _parquet(file, text_field)
         else:
-            data = b"".join(_chunks(file.path))
-            yield Document(file.id, _decode(data, str(file.path)))
+            yield Document(file.id, _decode(b"".join(_chunks(file.path)), str(file.path)))
 
 
 def _decode(data: bytes, place: str) -> str:
@@ -165,7 +164,9 @@ def _chunks(path: Path) -> Iterator[bytes]:
     suffix = path.suffix.lower()
     try:
         with gzip.open(path) if suffix == ".gz" else open(path, "rb") as file:
-            pieces = iter(lambda: file.read(CHUNK), b"")
+            # Each zstd frame copies what is left of its piece: small pieces, for small frames.
+            size = CHUNK // 64 if suffix == ".zst" else CHUNK
+            pieces = iter(lambda: file.read(size), b"")
             yield from _unzstd(pieces) if suffix == ".zst" else pieces
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -186,12 +187,15 @@ def _unzstd(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Split pieces at newlines."""
-    rest = b""
+    """Split pieces at newlines; a line of many pieces is joined once, when it is whole."""
+    parts: list[bytes] = []
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    if rest:
+        end, *starts = chunk.split(b"\n")
+        parts.append(end)
+        for start in starts:
+            yield b"".join(parts)
+            parts = [start]
+    if rest := b"".join(parts):
         yield rest
 
 
