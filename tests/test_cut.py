@@ -197,16 +197,20 @@ def test_random_texts_and_patterns(monkeypatch):
             assert encode(tokenizer, text).tolist() == whole, (name, seed)
 
 
-def test_merges_that_depend_on_where_a_word_begins(monkeypatch):
+def test_merges_that_depend_on_where_a_word_begins(monkeypatch, caplog):
     """Windows agree by chance on pairs of "ab", which only the start of the text decides."""
     monkeypatch.setattr(cut, "PIECE", 53)
     monkeypatch.setattr(cut, "REACHES", (20, 40))
     vocab = {"a": 0, "b": 1, "ab": 2, "abab": 3}
     engine = Engine(models.BPE(vocab=vocab, merges=[("a", "b"), ("ab", "ab")]))
     tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), None, None)
-    for text in ("ab" * 601, "ab" * 201 + "bbaa" + "ab" * 202):
-        whole = engine.encode(text, add_special_tokens=False).ids
-        assert encode(tokenizer, text).tolist() == whole
+    text = "ab" * 601
+    whole = engine.encode(text, add_special_tokens=False).ids
+    assert len(list(tokenize._pieces(tokenizer, text))) == 1
+    monkeypatch.setattr(tokenize, "_joined", lambda _: frozenset())  # a wrong belief is noticed
+    assert len(list(tokenize._pieces(tokenizer, text))) > 10
+    assert encode(tokenizer, text).tolist() == whole
+    assert "is encoded whole" in caplog.text
 
 
 def test_training_and_characters_see_every_word(monkeypatch):

@@ -54,7 +54,6 @@ def _tokenizer(engine: Engine, data: bytes, bos: int | None, eos: int | None) ->
     """Wrap an engine set up so that text is encoded whole and never as a special token."""
     engine.no_truncation()
     engine.no_padding()
-    engine.post_processor = None  # adds separators, which are ours to add, and moves offsets
     engine.encode_special_tokens = True  # "<|endoftext|>" within a text is text
     vocab_size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     return Tokenizer(engine, data, hashlib.sha256(data).hexdigest(), vocab_size, bos, eos)
