@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,29 @@ def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def decode(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> str:
     """The text of tokens, special tokens dropped."""
     return tokenizer.engine.decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of text that each token stands for, float64 [vocab_size].
+
+    Exact for byte-level tokens, bytes and characters; others may drop or change letters of a text,
+    and then this is the size of what they write for it.
+    """
+    byte_level = "ByteLevel" in repr(tokenizer.engine.decoder)
+    prefix = getattr(tokenizer.engine.model, "continuing_subword_prefix", None) or ""
+    added = tokenizer.engine.get_added_tokens_decoder()
+    bytes_V = np.zeros(tokenizer.vocab_size)
+    for token, index in tokenizer.engine.get_vocab(with_added_tokens=True).items():
+        if index in added:
+            bytes_V[index] = len(token.encode())
+        elif byte_level:
+            bytes_V[index] = len(token)  # a character for each byte
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            bytes_V[index] = 1
+        else:
+            text = token.removeprefix(prefix).replace("\u2581", " ")  # SentencePiece's space
+            bytes_V[index] = len(text.encode())
+    return bytes_V
 
 
 def separate(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
