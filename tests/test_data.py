@@ -126,6 +126,14 @@ def test_every_format_gives_the_same_texts(tmp_path):
         assert read([tmp_path / name]) == [sources.Document(name, texts[1])]
 
 
+def test_one_long_line_takes_linear_time():
+    chunks = [b"x" * (1 << 14)] * 4000
+    start = time.monotonic()
+    lines = list(sources._lines(iter([b"a\n\nb", *chunks, b"c\nd\n", b"", b"e"])))
+    assert time.monotonic() - start < 5  # 66 MB; joined anew for each piece: 131 GB
+    assert [len(line) for line in lines] == [1, 0, 2 + (1 << 14) * 4000, 1, 1]
+
+
 def test_order_and_ids_do_not_depend_on_inputs(tmp_path):
     for name in ("z.txt", "sub/y.txt", "sub/x.md", ".hidden/h.txt", "picture.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -252,7 +260,8 @@ def test_long_text_is_cut_where_tokens_are(bpe, tmp_path, monkeypatch):
     marking = load_tokenizer_that_marks_starts(tmp_path)
     marked = encode(marking, text)
     trained = train_bpe([text], 300).data
-    monkeypatch.setattr("jaxlm.data.tokenize.PIECE", 10)
+    monkeypatch.setattr("jaxlm.data.cut.PIECE", 100)
+    monkeypatch.setattr("jaxlm.data.cut.REACHES", (50, 100))
     assert np.array_equal(encode(bpe, text), whole)
     both = encode_batch(bpe, [text, "a", ""])
     assert np.array_equal(both[0], whole) and [len(ids) for ids in both[1:]] == [1, 0]

@@ -283,7 +283,15 @@ def _encoded(
             if not len(ids):
                 add(skipped, "documents without tokens", document.id)
                 continue
-            yield split, separate(tokenizer, ids).astype(dtype), len(document.text.encode())
+            yield split, separate(tokenizer, ids.astype(dtype)), _utf8_bytes(document.text)
+
+
+def _utf8_bytes(text: str) -> int:
+    """The length of a text in UTF-8, counted in parts, since a text may be very long."""
+    return sum(
+        len(text[start : start + BATCH_CHARACTERS].encode())
+        for start in range(0, len(text), BATCH_CHARACTERS)
+    )
 
 
 def _batched(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:

@@ -151,12 +151,15 @@ def _spread(head: bytes) -> bool:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Split pieces at newlines."""
-    rest = b""
+    """Split pieces at newlines; a line of many pieces is joined once, when it is whole."""
+    parts: list[bytes] = []
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    if rest:
+        end, *starts = chunk.split(b"\n")
+        parts.append(end)
+        for start in starts:
+            yield b"".join(parts)
+            parts = [start]
+    if rest := b"".join(parts):
         yield rest
 
 
