@@ -33,7 +33,7 @@ TEXT = frozenset(
 ALL = ("**",)  # the pattern that matches all below a directory
 
 Pattern = tuple[str, ...]  # the parts of a glob that are still to be matched
-Notes = dict[str, dict[str, str]]  # reason -> absolute path -> path, of what is left out
+Notes = dict[str, dict[str, str]]  # reason -> one spelling of a path -> path, of what is left out
 Note = Callable[[str, str], None]  # (reason, path): keep a note
 Tally = dict[str, dict[str, Any]]  # reason -> count, and the first example
 
@@ -99,14 +99,15 @@ def find_files(
     chosen: dict[Any, tuple[bool, str, str]] = {}
     for candidate in sorted(_candidates(inputs, out, notes)):  # names without a link come first
         first = chosen.setdefault(_identity(candidate[2]), candidate)
-        if first[1] != candidate[1]:
+        if _place(first[2]) != _place(candidate[2]):
             _note(notes, "other names of files that are read", candidate[2])
     if not chosen:
         raise UserError("no input: name text, JSONL or Parquet files, directories or globs")
     names = {full: Path(path) for _, full, path in chosen.values()}
     if left_out is not None:
+        places = {_place(path) for path in names.values()}
         for reason, paths in notes.items():  # but for what another input names
-            notes[reason] = {full: path for full, path in paths.items() if full not in names}
+            notes[reason] = {place: paths[place] for place in paths if place not in places}
         for reason, facts in _counted(notes).items():
             add(left_out, reason, facts["first"], facts["count"])
     root = os.path.commonpath([os.path.dirname(full) for full in names])
@@ -129,7 +130,13 @@ def _candidates(
 
 
 def _note(notes: Notes, reason: str, path: str) -> None:
-    notes.setdefault(reason, {})[os.path.abspath(path)] = path
+    notes.setdefault(reason, {})[_place(path)] = path
+
+
+def _place(path: str | os.PathLike) -> str:
+    """The one spelling of a name in its directory; where the name is a link it is not followed."""
+    directory, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(directory), name)
 
 
 def _nothing(name: str, left_out: Tally) -> str:
@@ -194,6 +201,10 @@ def _split_glob(name: str) -> tuple[str, Pattern]:
     first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     base = "/".join(parts[:first]) or ("/" if first else ".")
     pattern = [part for part in parts[first:] if part not in ("", ".")]
+    if ".." in pattern:
+        raise UserError(f"{name}: .. cannot follow a wildcard; name the directory itself")
+    if pattern in (["*"], ["**", "*"]):  # the directory, in other words
+        pattern = list(ALL)
     if name.endswith("/"):  # only directories match: all that is in them
         pattern.append("*")
     return base, tuple(pattern)

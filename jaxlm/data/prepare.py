@@ -90,8 +90,9 @@ def prepare(
         yield from (("validation", each) for each in read(held_out))
 
     make = functools.partial(make_tokenizer, tokenizer, source, vocab_size, bos, eos)
-    wanted = ("train", "validation") if held_out else ("train",)
-    manifest = _write(Path(out), source, make, shard_tokens, overwrite, report, skipped, wanted)
+    asked = bool(held_out) or (split_within and validation_fraction > 0)
+    needed = ("train", "validation") if asked else ("train",)
+    manifest = _write(Path(out), source, make, shard_tokens, overwrite, report, skipped, needed)
     if unread or skipped:
         report(f"left out: {in_words(unread | skipped)}")
     return manifest
@@ -226,7 +227,7 @@ def _refuse_empty(splits: dict[str, Any], needed: Sequence[str], skipped: Tally)
     if "validation" in needed and not splits["validation"]["tokens"]:
         raise UserError(
             f"the validation split would be empty{words}: name files with text with --validation,"
-            " or leave that flag out"
+            " raise the --validation-fraction of --split-within, or leave that flag out"
         )
 
 

@@ -274,10 +274,11 @@ def _parquet(file: File, text_field: str, on_bad: OnBad) -> Iterator[Document]:
                 rows = table.metadata.num_rows
                 raise BadRecord(file, "", "missing field", reason, rows) from None
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
                 for index in range(batch.num_rows):
                     row += 1
                     try:
-                        yield _row(file, row, batch, index, text_field)
+                        yield _row(file, row, columns, index, text_field)
                     except BadRecord as error:
                         on_bad(error)
     except (pyarrow.ArrowException, OSError) as error:
@@ -285,12 +286,11 @@ def _parquet(file: File, text_field: str, on_bad: OnBad) -> Iterator[Document]:
         raise BadRecord(file, "", "damaged file", reason) from None
 
 
-def _row(file: File, row: int, batch: Any, index: int, text_field: str) -> Document:
-    """The document of one row of a batch of Arrow."""
+def _row(file: File, row: int, columns: dict[str, Any], index: int, text_field: str) -> Document:
+    """The document of one row of columns of Arrow."""
     where = f": row {row}"
     try:
-        names = batch.schema.names
-        record = {name: batch.column(place)[index].as_py() for place, name in enumerate(names)}
+        record = {name: column[index].as_py() for name, column in columns.items()}
     except UnicodeDecodeError as error:  # Parquet's strings are bytes that nobody has checked
         reason = f"not UTF-8 at byte {error.start}; convert it, or leave it out"
         raise BadRecord(file, where, "invalid UTF-8", reason) from None
