@@ -42,10 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _after_out_of_memory(args)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\njaxlm: interrupted; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        print(f"\njaxlm: interrupted; {args.interrupted}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="jaxlm", description="Train language models on any mesh that a config names."
     )
     parser.add_argument("--version", action="version", version=f"jaxlm {__version__}")
+    parser.set_defaults(interrupted="the same command starts from the beginning")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
     plan_command.add_parser(commands)
@@ -91,6 +89,10 @@ def _add_train(commands) -> None:
         "Train the run that a config describes. The same command again goes on where it stopped. "
         "`jaxlm config explain` lists every key with its default and unit.",
     )  # fmt: skip
+    parser.set_defaults(
+        interrupted="the same command goes on from the last checkpoint, or from the beginning"
+        " where there is none yet"
+    )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 

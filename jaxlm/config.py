@@ -341,7 +341,7 @@ class Data:
 
     path: str = key(REQUIRED, "directory that `jaxlm data prepare` wrote", changes="numbers data")
     corpus: str = key(
-        "none", "built-in corpus to prepare into data.path when that does not exist",
+        "none", "built-in corpus, made where data.path is data/<its name> and does not exist",
         choices=("none", "python-stdlib"),
     )  # fmt: skip
     segments: bool = key(True, "attention stays within a document", changes="recompiles numbers")

@@ -18,6 +18,7 @@ from jaxlm import config as cfg
 from jaxlm import devices, run
 from jaxlm.data import Split, check_vocab, load_tokenizer, open_split
 from jaxlm.data.load import evaluation_batches
+from jaxlm.data.pack import predicted_bytes
 from jaxlm.interop import carried
 from jaxlm.loss import batch_losses, split_batch
 from jaxlm.parallel import pipeline
@@ -51,21 +52,28 @@ def make_eval_step(config: cfg.Config, structure: Structure, layout: Layout, opt
 def evaluate(eval_step, params: Arrays, fixed: Arrays, batches: Iterable, split: Split) -> dict:
     """loss (nats per token), perplexity, bits_per_byte and tokens over these batches.
 
-    Row sums are added in float64. When the batches are a part of the split, its bytes are taken in
-    proportion to the tokens.
+    bits_per_byte is what all predicted tokens cost, those that end a document too, over the bytes
+    of the text that they stand for: what a text costs to write with this model, whatever its
+    tokenizer. Text that is not predicted is not counted: what follows these batches, where they are
+    a part of the split, and the first token of a document without bos.
+
+    Row sums are added in float64.
     """
-    rows = [eval_step(params, fixed, batch) for batch in batches]
+    rows, places = [], 0
+    for batch in batches:
+        rows.append(eval_step(params, fixed, batch))
+        places += batch["targets"].size
     total, tokens = (
         float(sum(np.sum(np.asarray(row[i], np.float64)) for row in rows)) for i in (0, 1)
     )
     if not tokens:
         raise cfg.UserError(f"data.path={split.path}: split {split.name} has nothing to predict")
     loss = total / tokens
-    length = split.bytes * min(1.0, tokens / max(1, split.tokens - 1))
+    size = predicted_bytes(split, places)
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": total / math.log(2) / length if length else math.nan,
+        "bits_per_byte": total / math.log(2) / size if size else math.nan,
         "tokens": int(tokens),
     }
 

@@ -19,6 +19,7 @@ from jaxlm import config as cfg
 from jaxlm.data import (
     Split,
     Tokenizer,
+    corpus_path,
     decode,
     load,
     load_tokenizer,
@@ -159,15 +160,26 @@ def open_model(config: cfg.Config, step: int | None = None) -> Iterator[Model]:
 
 
 def prepare_data(config: cfg.Config) -> None:
-    """Build the built-in corpus that data.corpus names, when data.path is not there yet."""
-    if config.data.corpus == "none" or Path(config.data.path).exists():
+    """Build the built-in corpus that data.corpus names, at its own place and at no other.
+
+    A data.path elsewhere is the user's: where it does not exist it is mistyped, and UserError.
+    """
+    corpus, path = config.data.corpus, Path(config.data.path)
+    if corpus == "none" or path.exists():
         return
+    place_ = corpus_path(corpus)
+    if os.path.realpath(path) != os.path.realpath(place_):
+        raise cfg.UserError(
+            f"data.path={path} does not exist, and data.corpus={corpus} is made at {place_} only;"
+            f" correct the path, use data.path={place_}, or make the corpus there with"
+            f" `jaxlm data prepare --corpus {corpus} --out {path}`"
+        )
     if jax.process_index() == 0:
-        prepare_corpus(config.data.corpus, config.data.path)
+        prepare_corpus(corpus, path)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("prepared data")
-        if not Path(config.data.path).exists():  # no shared file system: the same corpus again
-            prepare_corpus(config.data.corpus, config.data.path)
+        if not path.exists():  # no shared file system: the same corpus again
+            prepare_corpus(corpus, path)
 
 
 def first_state(
@@ -189,7 +201,11 @@ def first_state(
     source = Path(config.checkpoint.start_from) / "checkpoints"
     found = checkpoint.latest(source)
     if found is None:
-        raise cfg.UserError(f"checkpoint.start_from={source.parent} has no checkpoint")
+        what = "has no checkpoint" if source.parent.is_dir() else "does not exist"
+        raise cfg.UserError(
+            f"checkpoint.start_from={source.parent} {what}; name the directory of a run that"
+            " `jaxlm train` or `jaxlm import` made"
+        )
     shapes = place(mesh, jax.eval_shape(lambda: state.params | state.fixed))
     old = checkpoint.read_config(source, found)
     for key, there, here in configfile.differences(old, config, "numbers"):

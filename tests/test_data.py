@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.config import Batch, UserError
 from jaxlm.data import check_vocab, open_split, prepare_corpus, sources
 from jaxlm.data.command import add_parser
+from jaxlm.data.files import Tally, find_files
 from jaxlm.data.load import (
     batches,
     check_data_state,
@@ -104,7 +105,7 @@ def message(call, *args, **kwargs) -> str:
 
 
 def read(inputs, **kwargs) -> list[sources.Document]:
-    return list(sources.read_documents(sources.find_files(inputs, quiet), **kwargs))
+    return list(sources.read_documents(find_files(inputs), **kwargs))
 
 
 def test_every_format_gives_the_same_texts(tmp_path):
@@ -127,16 +128,27 @@ def test_every_format_gives_the_same_texts(tmp_path):
         assert read([tmp_path / name]) == [sources.Document(name, texts[1])]
 
 
+def test_one_long_line_takes_linear_time():
+    chunks = [b"x" * (1 << 14)] * 4000
+    start = time.monotonic()
+    lines = list(sources._lines(iter([b"a\n\nb", *chunks, b"c\nd\n", b"", b"e"])))
+    assert time.monotonic() - start < 5  # 66 MB; joined anew for each piece: 131 GB
+    assert [len(line) for line in lines] == [1, 0, 2 + (1 << 14) * 4000, 1, 1]
+
+
 def test_order_and_ids_do_not_depend_on_inputs(tmp_path):
     for name in ("z.txt", "sub/y.txt", "sub/x.md", ".hidden/h.txt", "picture.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     wanted = ["sub/x.md", "sub/y.txt", "z.txt"]
-    reports: list[str] = []
-    assert [file.id for file in sources.find_files([tmp_path], reports.append)] == wanted
-    assert reports == ["skipped 1 files of other kinds: suffix .png"]
+    left_out: Tally = {}
+    assert [file.id for file in find_files([tmp_path], left_out)] == wanted
+    assert left_out == {
+        "hidden": {"count": 1, "first": str(tmp_path / ".hidden")},
+        "of unknown suffix": {"count": 1, "first": str(tmp_path / "picture.png")},
+    }
     mixed = [tmp_path / "z.txt", f"{tmp_path}/sub/*.txt", f"{tmp_path}/**/*.md", tmp_path]
-    assert [file.id for file in sources.find_files(mixed, quiet)] == wanted
+    assert [file.id for file in find_files(mixed)] == wanted
 
 
 def test_python_stdlib_is_the_library_without_tests():
@@ -156,14 +168,14 @@ def broken_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     compressed = zstandard.ZstdCompressor().compress(os.urandom(4096))
     contents = {
         "json.jsonl": (good + b"{oops\n", "json.jsonl:2: not JSON"),
-        "list.jsonl": (b"[1]\n", "list.jsonl:1: no field 'text'"),
+        "list.jsonl": (b"[1]\n", "list.jsonl: item 1: no field 'text'"),
         "field.jsonl": (
             good + b'{"body": "b"}\n',
             "field.jsonl:2: no field 'text' (there is: body",
         ),
         "number.jsonl": (b'{"text": 3}\n', "number.jsonl:1: field 'text' is int"),
         "half.jsonl": (b'{"text": "\\ud800"}\n', "half.jsonl:1: field 'text' has half"),
-        "deep.jsonl": (b"[" * 200000, "deep.jsonl:1: not JSON"),
+        "deep.jsonl": (b"[" * 200000, "deep.jsonl: item 1: not JSON"),
         "latin.txt": (b"caf\xe9", "latin.txt: not UTF-8 at byte 3"),
         "latin.jsonl": (b'{"text": "\xff"}', "latin.jsonl:1: not UTF-8"),
         "cut.txt.gz": (gzip.compress(b"x" * 999)[:-9], "cut.txt.gz: cannot be read"),
@@ -250,7 +262,8 @@ def test_long_text_is_cut_where_tokens_are(bpe, tmp_path, monkeypatch):
     marking = load_tokenizer_that_marks_starts(tmp_path)
     marked = encode(marking, text)
     trained = train_bpe([text], 300).data
-    monkeypatch.setattr("jaxlm.data.tokenize.PIECE", 10)
+    monkeypatch.setattr("jaxlm.data.cut.PIECE", 100)
+    monkeypatch.setattr("jaxlm.data.cut.REACHES", (50, 100))
     assert np.array_equal(encode(bpe, text), whole)
     both = encode_batch(bpe, [text, "a", ""])
     assert np.array_equal(both[0], whole) and [len(ids) for ids in both[1:]] == [1, 0]

@@ -4,7 +4,7 @@ sources.py -> tokenize.py -> prepare.py write a dataset; split.py -> pack.py -> 
 Only load.py needs jax, and it is not imported here so that `jaxlm data` starts fast.
 """
 
-from jaxlm.data.prepare import prepare_corpus
+from jaxlm.data.prepare import corpus_path, prepare_corpus
 from jaxlm.data.split import Split, check_vocab, open_split, read_manifest
 from jaxlm.data.tokenize import Tokenizer, decode, encode, encode_prompt, load_tokenizer
 
@@ -12,6 +12,7 @@ __all__ = [
     "Split",
     "Tokenizer",
     "check_vocab",
+    "corpus_path",
     "decode",
     "encode",
     "encode_prompt",

@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   jaxlm data prepare --out data/shakespeare --tokenizer characters --split-within \\
       --validation-fraction 0.1 input.txt
   jaxlm data prepare --out data/llama --tokenizer Llama-3.2-1B --text-field content shards/
+  jaxlm data prepare --out data/wiki --on-bad skip --text-field content.text 'dump/**/*.json'
   jaxlm data prepare --out data/python-stdlib --corpus python-stdlib
 """
 
@@ -39,7 +40,9 @@ def _add_prepare(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
         help="tokenize files into a dataset",
-        description="Tokenize text, JSONL (.gz, .zst too) or Parquet files into a dataset.",
+        description="Tokenize text, JSON (lines or an array) or Parquet files into a dataset; text"
+        " and JSON may be compressed (gzip, zstd, bzip2, xz). A directory gives its files of known"
+        " suffix at any depth, through links too; a glob gives what matches it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,8 +61,10 @@ def _add_prepare(commands: Any) -> None:
     add("--validation", action="append", default=[], metavar="FILE", help=held_out)
     within = "hold out the last characters of each document, not whole documents (off)"
     add("--split-within", action="store_true", help=within)
-    field = "field of JSONL, column of Parquet (%(default)s)"
+    field = "field of JSON, column of Parquet; content.text is field text of content (%(default)s)"
     add("--text-field", default="text", metavar="NAME", help=field)
+    bad = "a record that is no text: stop, or skip, count and name it in the manifest (%(default)s)"
+    add("--on-bad", default="fail", choices=prepare.ON_BAD, help=bad)
     add("--seed", type=int, default=0, help="chooses the documents held out (%(default)s)")
     size = "most tokens in a file; a longer document has its own (%(default)s)"
     add("--shard-tokens", type=int, default=prepare.SHARD_TOKENS, metavar="N", help=size)
@@ -67,7 +72,10 @@ def _add_prepare(commands: Any) -> None:
     add("--bos", default="auto", metavar="TOKEN", help=separator.format("starts"))
     add("--eos", default="auto", metavar="TOKEN", help=separator.format("ends"))
     add("--overwrite", action="store_true", help="replace a dataset in --out (off)")
-    parser.set_defaults(run=_run_prepare)
+    parser.set_defaults(
+        run=_run_prepare,
+        interrupted="nothing half-made is left, and the same command starts from the beginning",
+    )
 
 
 def _add_show(commands: Any) -> None:
@@ -102,6 +110,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
         validation_inputs=args.validation,
         split_within=args.split_within,
         text_field=args.text_field,
+        on_bad=args.on_bad,
         shard_tokens=args.shard_tokens,
         seed=args.seed,
         bos=args.bos,

@@ -6,11 +6,13 @@ Letters: D documents, S tokens of a sequence.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from jaxlm.config import UserError
 from jaxlm.data.split import Split, read_tokens
+from jaxlm.data.tokenize import load_tokenizer, token_bytes
 
 Item = dict[str, np.ndarray]  # tokens, targets, weights, segments, positions, each of shape (S,)
 FIELDS = {
@@ -55,6 +57,45 @@ def evaluation_items(split: Split, sequence_length: int, segments: bool = True) 
     num_items = -(-(split.tokens - 1) // sequence_length)
     order_D = np.arange(split.documents)
     return _packed(split, sequence_length, segments, num_items, order_D)
+
+
+READ = 1 << 22  # tokens at a time
+
+
+@functools.lru_cache(maxsize=4)
+def predicted_bytes(split: Split, places: int) -> float:
+    """UTF-8 bytes of the text that evaluation predicts in its first `places` targets.
+
+    A separator holds no text. The first token of a document is not predicted, so that where it is
+    text (no bos) its bytes do not count. Bytes of a part of the text are its share of split.bytes
+    by the sizes of its tokens: exact where a tokenizer keeps every byte of a text.
+    """
+    if places >= split.tokens - 1 and split.bos is not None:
+        return float(split.bytes)
+    bytes_V = token_bytes(load_tokenizer(split.path))
+    predicted = total = 0.0
+    for shard in split.shards:
+        starts_D = np.concatenate([[0], shard.ends_D[:-1]])
+        empty_D = [starts_D] if split.bos is not None else []
+        if split.eos is not None and not _joined(split):
+            empty_D.append(shard.ends_D - 1)
+        for low in range(0, int(shard.ends_D[-1]), READ):
+            high = min(low + READ, int(shard.ends_D[-1]))
+            tokens_T = read_tokens(shard, low, high)
+            bytes_T = bytes_V.take(tokens_T, mode="clip")  # a damaged token is named by item()
+            for places_D in empty_D:
+                bytes_T[_within(places_D, low, high)] = 0.0
+            total += bytes_T.sum()
+            bytes_T[_within(starts_D, low, high)] = 0.0
+            predicted += bytes_T[: max(places + 1, 0)].sum()
+            places -= high - low
+    return float(split.bytes * predicted / total) if total else 0.0
+
+
+def _within(places_D: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Increasing places that are in [low, high), counted from low."""
+    first, last = np.searchsorted(places_D, [low, high])
+    return places_D[first:last] - low
 
 
 def _joined(split: Split) -> bool:

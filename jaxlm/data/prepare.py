@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxlm.config import UserError
 from jaxlm.data import sources
+from jaxlm.data.files import BadRecord, Tally, add, find_files, in_words, shared
 from jaxlm.data.sources import Document
 from jaxlm.data.tokenize import (
     Tokenizer,
@@ -35,6 +36,7 @@ SHARD_TOKENS = 1 << 27  # 256 MiB of uint16; also what is held in memory
 BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer's threads at once
 REPORT_EVERY = 10.0  # seconds between lines of progress
 CORPORA = ("python-stdlib",)
+ON_BAD = ("fail", "skip")
 
 Report = Callable[[str], object]
 Source = Callable[[], Iterator[tuple[str, Document]]]  # (split, document); read once or twice
@@ -51,6 +53,7 @@ def prepare(
     validation_inputs: Sequence[str | os.PathLike] = (),  # held out instead of a fraction
     split_within: bool = False,  # the fraction is cut from the end of each document
     text_field: str = "text",
+    on_bad: str = "fail",  # fail | skip: what to do with a record that cannot be a document
     shard_tokens: int = SHARD_TOKENS,
     seed: int = 0,  # which documents are held out
     bos: str = "auto",
@@ -60,21 +63,44 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenize files into the directory `out` and return its manifest."""
     _check_options(validation_fraction, shard_tokens, validation_inputs, split_within)
-    files = sources.find_files(inputs, report)
-    held_out = sources.find_files(validation_inputs, report) if validation_inputs else []
-    twice = {os.path.realpath(file.path) for file in files}
-    for file in held_out:
-        if os.path.realpath(file.path) in twice:
-            raise UserError(f"--validation={file.path} is among the training inputs too")
-    fraction = 0.0 if held_out else validation_fraction
+    if on_bad not in ON_BAD:
+        raise UserError(f"--on-bad={on_bad}: choose {' or '.join(ON_BAD)}")
+    unread: Tally = {}
+    files = find_files(inputs, unread, out)
+    held_out = find_files(validation_inputs, unread, out) if validation_inputs else []
+    if both := shared(held_out, files):
+        raise UserError(f"--validation={both.path} is among the training inputs too")
+    report(f"{len(files) + len(held_out):,} files to read")
+    if unread:
+        report(f"not read: {in_words(unread)}")
+    skipped: Tally = {}
+
+    def skip(error: BadRecord) -> None:
+        add(skipped, error.kind, error.example, error.count)
 
     def source() -> Iterator[tuple[str, Document]]:
-        documents = sources.read_documents(files, text_field)
-        yield from _assign(documents, fraction, seed, split_within)
-        yield from (("validation", each) for each in sources.read_documents(held_out, text_field))
+        skipped.clear()  # a source is read more than once
+        read = functools.partial(
+            sources.read_documents, text_field=text_field,
+            on_bad=skip if on_bad == "skip" else sources.fail,
+        )  # fmt: skip
+        yield from _assign(
+            read(files), 0.0 if held_out else validation_fraction, seed, split_within
+        )
+        yield from (("validation", each) for each in read(held_out))
 
     make = functools.partial(make_tokenizer, tokenizer, source, vocab_size, bos, eos)
-    return _write(Path(out), source, make, shard_tokens, overwrite, report)
+    asked = bool(held_out) or (split_within and validation_fraction > 0)
+    needed = ("train", "validation") if asked else ("train",)
+    manifest = _write(Path(out), source, make, shard_tokens, overwrite, report, skipped, needed)
+    if unread or skipped:
+        report(f"left out: {in_words(unread | skipped)}")
+    return manifest
+
+
+def corpus_path(name: str) -> Path:
+    """Where `jaxlm train` makes a built-in corpus, below the working directory."""
+    return Path("data", name)
 
 
 def prepare_corpus(
@@ -92,7 +118,7 @@ def prepare_corpus(
     existed = manifest.is_file()
     report(f"preparing {name} in {out}")
     try:
-        return _write(Path(out), source, make, SHARD_TOKENS, overwrite, report)
+        return _write(Path(out), source, make, SHARD_TOKENS, overwrite, report, {}, ("train",))
     except UserError:
         if existed or not manifest.is_file():
             raise
@@ -115,10 +141,14 @@ def _assign(
 ) -> Iterator[tuple[str, Document]]:
     """Give each document its split, by a seeded hash of its id, or cut each in two."""
     for document in documents:
-        if split_within:
+        if split_within and document.text:
             cut = int(len(document.text) * (1 - fraction))
-            yield "train", Document(document.id, document.text[:cut])
-            yield "validation", Document(document.id, document.text[cut:])
+            for split, text in (
+                ("train", document.text[:cut]),
+                ("validation", document.text[cut:]),
+            ):
+                if text:
+                    yield split, Document(document.id, text)
             continue
         digest = hashlib.sha256(f"{seed}:{document.id}".encode(errors="surrogatepass")).digest()
         held_out = int.from_bytes(digest[:8]) < fraction * 2.0**64
@@ -146,13 +176,15 @@ def _write(
     shard_tokens: int,
     overwrite: bool,
     report: Report,
+    skipped: Tally,  # filled as source is read
+    needed: Sequence[str],  # splits that must not be empty
 ) -> dict[str, Any]:
     """Build a dataset beside `out` and move it there when it is whole."""
     with _staged(out, overwrite) as directory:
         tokenizer = make()
         report(f"tokenizer: {tokenizer.vocab_size} tokens")
         _write_file(directory / "tokenizer.json", tokenizer.data)
-        splits = _write_splits(directory, source, tokenizer, shard_tokens, report)
+        splits = _write_splits(directory, source, tokenizer, shard_tokens, report, skipped)
         manifest = {
             "format": FORMAT,
             "tokenizer_sha256": tokenizer.sha256,
@@ -161,24 +193,21 @@ def _write(
             "eos": tokenizer.eos,
             "dtype": _dtype(tokenizer).name,
             "splits": splits,
+            "left_out": skipped,
         }
         _report_splits(splits, report)
+        _refuse_empty(splits, needed, skipped)
         _write_file(directory / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
     return manifest
 
 
 def _report_splits(splits: dict[str, Any], report: Report) -> None:
-    """Say what was written; refuse a dataset without training tokens."""
+    """Say what was written."""
     for split, facts in splits.items():
         ratio = facts["bytes"] / max(facts["tokens"], 1)
         report(
             f"{split}: {facts['tokens']:,} tokens, {facts['documents']:,} documents,"
             f" {facts['bytes']:,} bytes, {ratio:.2f} bytes per token"
-        )
-    if not splits["train"]["tokens"]:
-        raise UserError(
-            "the training split would be empty: the inputs have no text, or their only document"
-            " was held out; use --split-within, or a smaller --validation-fraction"
         )
     if not splits["validation"]["tokens"]:
         report(
@@ -187,8 +216,28 @@ def _report_splits(splits: dict[str, Any], report: Report) -> None:
         )
 
 
+def _refuse_empty(splits: dict[str, Any], needed: Sequence[str], skipped: Tally) -> None:
+    """Refuse a dataset with an empty split that was asked for."""
+    words = f" (left out: {in_words(skipped)})" if skipped else ""
+    if not splits["train"]["tokens"]:
+        raise UserError(
+            f"the training split would be empty{words}: the inputs have no text, or their only"
+            " document was held out; use --split-within, or a smaller --validation-fraction"
+        )
+    if "validation" in needed and not splits["validation"]["tokens"]:
+        raise UserError(
+            f"the validation split would be empty{words}: name files with text with --validation,"
+            " raise the --validation-fraction of --split-within, or leave that flag out"
+        )
+
+
 def _write_splits(
-    directory: Path, source: Source, tokenizer: Tokenizer, shard_tokens: int, report: Report
+    directory: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    report: Report,
+    skipped: Tally,
 ) -> dict[str, Any]:
     """Encode every document and write the shards of all splits in one pass."""
     pending: dict[str, list[tuple[np.ndarray, int]]] = {split: [] for split in SPLITS}
@@ -202,7 +251,7 @@ def _write_splits(
             pending[split].clear()
             filled[split] = 0
 
-    for split, tokens, size in _progress(_encoded(source(), tokenizer), report):
+    for split, tokens, size in _progress(_encoded(source(), tokenizer, skipped), report):
         if filled[split] + len(tokens) > shard_tokens:
             flush(split)  # a document never spans shards
         pending[split].append((tokens, size))
@@ -218,9 +267,13 @@ def _write_splits(
 
 
 def _encoded(
-    documents: Iterator[tuple[str, Document]], tokenizer: Tokenizer
+    documents: Iterator[tuple[str, Document]], tokenizer: Tokenizer, skipped: Tally
 ) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Encode documents in batches: (split, tokens, bytes of text)."""
+    """Encode documents in batches: (split, tokens, bytes of text).
+
+    One without tokens is skipped: it holds nothing to learn, and where there are no separators it
+    would have no place in a shard.
+    """
     dtype = _dtype(tokenizer)
     for batch in _batched(documents):
         try:
@@ -228,17 +281,26 @@ def _encoded(
         except UserError as error:
             raise UserError(f"{batch[0][1].id} to {batch[-1][1].id}: {error}") from None
         for (split, document), ids in zip(batch, encoded, strict=True):
-            yield split, separate(tokenizer, ids).astype(dtype), len(document.text.encode())
+            if not len(ids):
+                add(skipped, "documents without tokens", document.id)
+                continue
+            yield split, separate(tokenizer, ids.astype(dtype)), _utf8_bytes(document.text)
+
+
+def _utf8_bytes(text: str) -> int:
+    """The length of a text in UTF-8, counted in parts, since a text may be very long."""
+    return sum(
+        len(text[start : start + BATCH_CHARACTERS].encode())
+        for start in range(0, len(text), BATCH_CHARACTERS)
+    )
 
 
 def _batched(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    """Group documents that are not empty to about BATCH_CHARACTERS."""
+    """Group documents to about BATCH_CHARACTERS."""
     batch, size = [], 0
     for split, document in documents:
-        if not document.text:
-            continue
         batch.append((split, document))
-        size += len(document.text)
+        size += len(document.text) + 1  # so that many empty ones are no batch without end
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -312,22 +374,28 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
     final = Path(os.path.realpath(out))
     unique = f"{os.getpid()}-{secrets.token_hex(4)}"  # several hosts may share the disk
     temporary = final.with_name(f".{final.name}.preparing-{unique}")
+    old = final.with_name(f".{final.name}.replaced-{unique}")
+    made = [parent for parent in final.parents if not parent.exists()]  # the innermost first
     try:
         _check_free(out, overwrite)
         temporary.mkdir(parents=True)
         yield temporary
         _sync_directory(temporary)
         _check_free(out, overwrite)
-        old = final.with_name(f".{final.name}.replaced-{unique}")
         if overwrite and final.exists():
             os.rename(final, old)
         os.rename(temporary, final)
         _sync_directory(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
-    finally:
+    finally:  # after Ctrl-C too
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # not empty: it holds the dataset
+                parent.rmdir()
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -54,8 +54,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     file = Path(path, "manifest.json")
     if not os.path.exists(path):
         raise UserError(
-            f"data.path={path} does not exist; make it with `jaxlm data prepare --out {path}"
-            " FILES`, or set data.corpus=python-stdlib"
+            f"data.path={path} does not exist; make it with `jaxlm data prepare --out {path} FILES`"
         )
     try:
         manifest = json.loads(file.read_bytes())

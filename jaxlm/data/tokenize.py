@@ -7,7 +7,10 @@ A document becomes [bos] + tokens, and + [eos] where eos is another token. Where
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,17 +25,14 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Engine  # noqa: E402
 
 from jaxlm.config import UserError  # noqa: E402
-from jaxlm.data import separators  # noqa: E402
+from jaxlm.data import cut, separators  # noqa: E402
 from jaxlm.data.separators import END_OF_TEXT, Separators  # noqa: E402
 
+logger = logging.getLogger("jaxlm")
+
 BYTES = 256
-# The library needs over 100 bytes of memory for each token that it returns, so that a long text is
-# cut into pieces of this many characters, and this many pieces are encoded at once.
-PIECE = 1 << 18
-PIECES = 8
-# A newline after a visible character and before a word: pre-tokenizers of the GPT-2 and Llama 3
-# kind always cut there, so that encoding piece by piece changes nothing.
-CUT = re.compile(r"(?<=\S\n)(?=\w)")
+PIECES = 8  # of a long text, encoded at once
+LONG = 16  # pieces, in one, that are worth a warning
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,14 +67,54 @@ def _tokenizer(engine: Engine, data: bytes, around: Separators) -> Tokenizer:
 
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Encode texts in threads, without separators, into uint32 arrays."""
-    if max(map(len, texts), default=0) <= PIECE:
-        return _encode(tokenizer, texts)
-    encoded = []
-    for text in texts:
-        batches = _pieces(text) if _may_cut(tokenizer, text) else [[text]]
-        parts = [ids for batch in batches for ids in _encode(tokenizer, batch)]
-        encoded.append(np.concatenate(parts))
-    return encoded
+    short = iter(_encode(tokenizer, [text for text in texts if len(text) <= cut.PIECE]))
+    return [
+        next(short) if len(text) <= cut.PIECE else _encode_long(tokenizer, text) for text in texts
+    ]
+
+
+def _encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Encode a text in pieces, to the tokens of the whole: memory is that of a few pieces.
+
+    Where the tokenizer gives no sure place for a cut, a piece is as long as it must be.
+    """
+    parts, pieces = [], _pieces(tokenizer, text)
+    while batch := list(itertools.islice(pieces, PIECES)):
+        encoded = _encode(tokenizer, [text[begin.left : end.right] for begin, end in batch])
+        for (begin, end), ids in zip(batch, encoded, strict=True):
+            own = slice(len(begin.before), len(ids) - len(end.after))
+            same = np.array_equal(ids[: own.start], begin.before)
+            if not (same and np.array_equal(ids[own.stop :], end.after)):
+                logger.warning(
+                    "a text of %d characters is encoded whole, since its tokenizer looks too far"
+                    " around: this takes over 100 bytes of memory for each token",
+                    len(text),
+                )
+                return _encode(tokenizer, [text])[0]
+            parts.append(ids[own])
+    return np.concatenate(parts)
+
+
+def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[tuple[cut.Cut, cut.Cut]]:
+    """The cuts where each piece of a long text begins and ends."""
+    nothing = np.zeros(0, np.uint32)
+    begin = cut.Cut(0, 0, 0, nothing, nothing)
+    last = cut.Cut(len(text), len(text), len(text), nothing, nothing)
+    cuts = cut.find_cuts(tokenizer.engine, text, _joined(tokenizer))
+    for end in itertools.chain(cuts, [last]):
+        if end.place - begin.place > LONG * cut.PIECE:
+            logger.warning(
+                "%d characters are encoded at once, since their tokenizer gives no sure place for"
+                " a cut: this takes over 100 bytes of memory for each token",
+                end.place - begin.place,
+            )
+        yield begin, end
+        begin = end
+
+
+@functools.lru_cache(maxsize=1)
+def _joined(tokenizer: Tokenizer) -> frozenset[str] | None:
+    return cut.joined_characters(tokenizer.engine)
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -84,19 +124,6 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     except Exception as error:  # the library raises nothing narrower
         raise UserError(_unknown(tokenizer, texts) or f"cannot be encoded: {error}") from None
     return [np.array(encoding.ids, np.uint32) for encoding in encodings]
-
-
-def _may_cut(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether a tokenizer is indifferent to CUT: not so one that marks where a text starts."""
-    cut = CUT.search(text)
-    if cut is None:
-        return False
-    before, after = (
-        text[max(cut.start() - 16, 0) : cut.start()],
-        text[cut.start() : cut.start() + 16],
-    )
-    whole, *parts = _encode(tokenizer, [before + after, before, after])
-    return np.array_equal(whole, np.concatenate(parts))
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -123,23 +150,34 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> str:
     return tokenizer.engine.decode([int(token) for token in ids], skip_special_tokens=True)
 
 
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of text that each token stands for, float64 [vocab_size].
+
+    Exact for byte-level tokens, bytes and characters; others may drop or change letters of a text,
+    and then this is the size of what they write for it.
+    """
+    byte_level = "ByteLevel" in repr(tokenizer.engine.decoder)
+    prefix = getattr(tokenizer.engine.model, "continuing_subword_prefix", None) or ""
+    added = tokenizer.engine.get_added_tokens_decoder()
+    bytes_V = np.zeros(tokenizer.vocab_size)
+    for token, index in tokenizer.engine.get_vocab(with_added_tokens=True).items():
+        if index in added:
+            bytes_V[index] = len(token.encode())
+        elif byte_level:
+            bytes_V[index] = len(token)  # a character for each byte
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            bytes_V[index] = 1
+        else:
+            text = token.removeprefix(prefix).replace("\u2581", " ")  # SentencePiece's space
+            bytes_V[index] = len(text.encode())
+    return bytes_V
+
+
 def separate(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     """Add the tokens that begin and end a document."""
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     end = [] if tokenizer.eos is None or tokenizer.eos == tokenizer.bos else [tokenizer.eos]
-    return np.concatenate([np.array(begin, np.uint32), ids, np.array(end, np.uint32)])
-
-
-def _pieces(text: str) -> Iterator[list[str]]:
-    """Cut a long text where tokens are cut anyway, into batches of pieces."""
-    batch, start = [], 0
-    while len(text) - start > PIECE and (cut := CUT.search(text, start + PIECE)):
-        batch.append(text[start : cut.start()])
-        start = cut.start()
-        if len(batch) == PIECES:
-            yield batch
-            batch = []
-    yield [*batch, text[start:]]
+    return np.concatenate([np.array(begin, ids.dtype), ids, np.array(end, ids.dtype)])
 
 
 def _unknown(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
@@ -170,9 +208,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in texts for batch in _pieces(text) for piece in batch)
-    engine.train_from_iterator(pieces, trainer)
+    engine.train_from_iterator(_words(texts), trainer)
     return _tokenizer(engine, engine.to_str().encode(), Separators(0, 0))
+
+
+def _words(texts: Iterable[str]) -> Iterator[str]:
+    """Texts in pieces that begin and end with whole words of the byte-level pre-tokenizer."""
+    engine = make_bytes().engine  # of the same words as the tokenizer that is learnt
+    for text in texts:
+        start = 0
+        for each in cut.find_cuts(engine, text, None):
+            yield text[start : each.place]
+            start = each.place
+        yield text[start:]
 
 
 def make_bytes() -> Tokenizer:
