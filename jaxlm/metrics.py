@@ -23,6 +23,8 @@ from rich.live import Live
 
 from jaxlm import config as cfg
 from jaxlm import devices
+from jaxlm.attention.xla import visible_pairs
+from jaxlm.models import layer_windows
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
 
@@ -30,10 +32,13 @@ PLAIN_INTERVAL = 2.0  # seconds between progress lines when the output is not a 
 
 
 def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int) -> float:
-    """FLOPs of one trained token: 6 per matmul parameter, and causal attention.
+    """FLOPs of one trained token: 6 per matmul parameter, and 12 H C per visible pair and layer.
 
-    6N + 6 L H C S, with N without the embedding table, which is looked up (tied, it is the head),
-    and of a layer's experts those that a token is sent to.
+    6N + 12 H C P / S, with N without the embedding table, which is looked up (tied, it is the
+    head), and of a layer's experts those that a token is sent to. P: the pairs of a query and a key
+    of a row of S tokens that a causal mask shows, within each layer's window; summed over layers.
+    A row counts as one document, also where data.segments hides the others: what a model needs
+    does not depend on the lengths of the documents.
     """
     matmul = sum(
         math.prod(shape) * _active(model, structure.dims[name])
@@ -42,8 +47,9 @@ def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int
     )
     if not model.tie_embeddings:
         matmul -= math.prod(structure.shapes["embed"])
-    attention = model.num_layers * model.num_heads * model.head_dim * sequence_length
-    return 6.0 * (matmul + attention)
+    pairs = sum(visible_pairs(sequence_length, window) for window in layer_windows(model))
+    attention = model.num_heads * model.head_dim * pairs / sequence_length
+    return 6.0 * matmul + 12.0 * attention
 
 
 def _active(model: cfg.Model, dims: str) -> float:

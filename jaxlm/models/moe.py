@@ -165,10 +165,15 @@ class GatedMLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and experts, each on a normalised copy; aux names the bias as in `moe`, here."""
 
+    @staticmethod
+    def window(config: Config) -> int:
+        """Tokens that a query of this block sees, itself included; 0: all before it."""
+        return config.sliding_window
+
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
         keys = jax.random.split(key, 5)
         self.attention_norm = RMSNorm(config, layout)
-        self.attention = SelfAttention(config, layout, keys[:4])
+        self.attention = SelfAttention(config, layout, keys[:4], self.window(config))
         self.mlp_norm = RMSNorm(config, layout)
         self.moe = MoE(config, layout, keys[4])
 
