@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 
 from jaxlm import config as cfg
-from jaxlm import devices, extras
+from jaxlm import devices, trackers
 from jaxlm.attention.xla import visible_pairs
 from jaxlm.models import layer_windows
 from jaxlm.sharding import Layout
@@ -96,7 +96,8 @@ def open_log(
             record |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
             for sink in sinks:
                 sink(record)
-            progress(describe(record))
+            show = say if done == config.steps else progress  # the last line stays
+            show(describe(record))
 
         def evaluation(done: int, result: dict[str, float]) -> None:
             for sink in sinks:
@@ -162,10 +163,11 @@ def _outputs(config: cfg.Config, run_dir: Path, start: int, stack: contextlib.Ex
         for name in ("metrics.jsonl", "samples.jsonl")
     )
     sinks = [lambda record: _append(metrics, record)]
-    if config.log.tensorboard:
-        sinks.append(_tensorboard(run_dir, stack))
-    if config.log.wandb:
-        sinks.append(_wandb(config, run_dir, stack))
+    if start < config.steps:  # a start that trains nothing is no run of a tracker
+        if config.log.tensorboard:
+            sinks.append(trackers.open_tensorboard(run_dir, start, stack))
+        if config.log.wandb:
+            sinks.append(trackers.open_wandb(config, run_dir, start, stack))
     return *_screen(stack), sinks, lambda record: _append(samples, record)
 
 
@@ -219,36 +221,6 @@ def _screen(stack: contextlib.ExitStack):
     live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True))
     show = lambda text: live.update(text, refresh=True)
     return lambda text: console.print(text, soft_wrap=True), show
-
-
-def _tensorboard(run_dir: Path, stack: contextlib.ExitStack):
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise cfg.UserError(
-            f"log.tensorboard=true needs tensorboardX: {extras.install('tensorboard')}"
-        ) from error
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
-    stack.callback(writer.close)
-
-    def write(record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                writer.add_scalar(name, value, record["step"])
-
-    return write
-
-
-def _wandb(config: cfg.Config, run_dir: Path, stack: contextlib.ExitStack):
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise cfg.UserError(f"log.wandb=true needs wandb: {extras.install('wandb')}") from error
-    run = wandb.init(
-        project="jaxlm", name=config.name, dir=str(run_dir), config=dataclasses.asdict(config)
-    )
-    stack.callback(run.finish)
-    return lambda record: run.log(dict(record), step=record["step"])
 
 
 def describer(config: cfg.Config, structure: Structure, mesh: Mesh):
