@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm import extras
 from jaxlm.config import UserError
 from jaxlm.data.contents import read_utf8
 from jaxlm.data.files import JSON, BadRecord, File, check_regular, suffix_of
@@ -256,13 +257,8 @@ def _more(texts: Iterator[str], text: str) -> tuple[str, int, bool]:
 def _parquet(file: File, text_field: str, on_bad: OnBad) -> Iterator[Document]:
     """One document for each row, a row group in memory at a time."""
     check_regular(file.path)
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{file.path}: Parquet needs pyarrow: pip install 'jaxlm[parquet]'"
-        ) from None
+    pyarrow = extras.load("pyarrow", "parquet", f"{file.path}: Parquet")
+    extras.load("pyarrow.parquet", "parquet", f"{file.path}: Parquet")
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:
