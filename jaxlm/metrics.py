@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 
 from jaxlm import config as cfg
-from jaxlm import devices
+from jaxlm import devices, extras
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
 
@@ -220,7 +220,7 @@ def _tensorboard(run_dir: Path, stack: contextlib.ExitStack):
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise cfg.UserError(
-            "log.tensorboard=true needs tensorboardX: pip install 'jaxlm[tensorboard]'"
+            f"log.tensorboard=true needs tensorboardX: {extras.install('tensorboard')}"
         ) from error
     writer = SummaryWriter(str(run_dir / "tensorboard"))
     stack.callback(writer.close)
@@ -237,7 +237,7 @@ def _wandb(config: cfg.Config, run_dir: Path, stack: contextlib.ExitStack):
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise cfg.UserError("log.wandb=true needs wandb: pip install 'jaxlm[wandb]'") from error
+        raise cfg.UserError(f"log.wandb=true needs wandb: {extras.install('wandb')}") from error
     run = wandb.init(
         project="jaxlm", name=config.name, dir=str(run_dir), config=dataclasses.asdict(config)
     )

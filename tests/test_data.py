@@ -196,7 +196,7 @@ def test_parquet_errors(tmp_path, monkeypatch):
     assert "row 2: field 'text' is NoneType" in message(read, [tmp_path / "null.parquet"])
     assert "no column 'body'" in message(read, [tmp_path / "null.parquet"], text_field="body")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'jaxlm[parquet]'" in message(read, [tmp_path / "null.parquet"])
+    assert "needs pyarrow: pip install 'pyarrow>=15'" in message(read, [tmp_path / "null.parquet"])
 
 
 # Tokenizers

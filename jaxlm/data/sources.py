@@ -15,6 +15,7 @@ from pathlib import Path
 
 import zstandard
 
+from jaxlm import extras
 from jaxlm.config import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -223,7 +224,7 @@ def _parquet(file: File, text_field: str) -> Iterator[Document]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            f"{file.path}: Parquet needs pyarrow: pip install 'jaxlm[parquet]'"
+            f"{file.path}: Parquet needs pyarrow: {extras.install('parquet')}"
         ) from None
     row = 0
     try:

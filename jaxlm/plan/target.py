@@ -21,6 +21,7 @@ from jax.experimental import topologies
 
 from jaxlm import config as cfg
 from jaxlm import devices as device_facts
+from jaxlm import extras
 
 # Name in a target -> the device kind that jax reports.
 TPUS = {
@@ -221,7 +222,7 @@ def _tpu_devices(target: Target) -> list:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise cfg.UserError(
-            f"target={target.text}: libtpu is missing; pip install 'jaxlm[plan-tpu]'"
+            f"target={target.text}: libtpu is missing: {extras.install('plan-tpu')}"
         )
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "x", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -243,7 +244,7 @@ def _gpu_devices(target: Target) -> list:
     """The devices of hosts x NVIDIA GPUs, by the CUDA plugin of jax."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise cfg.UserError(
-            f"target={target.text}: the CUDA plugin is missing; pip install 'jaxlm[plan-gpu]'"
+            f"target={target.text}: the CUDA plugin is missing: {extras.install('plan-gpu')}"
         )
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     hosts, gpus = target.shape
