@@ -171,9 +171,11 @@ def _start(args, target: str):
     from jaxlm import devices, run
 
     config = run.load_config(target, args.overrides)
-    devices.start(config.devices)
-    talk = args.run in (_train, _check) and jax.process_index() == 0  # others print their result
+    talk = args.run in (_train, _check)  # others print their result
     logging.getLogger("jaxlm").setLevel(logging.INFO if talk else logging.WARNING)
+    devices.start(config.devices)
+    if jax.process_index():
+        logging.getLogger("jaxlm").setLevel(logging.WARNING)
     return config
 
 
