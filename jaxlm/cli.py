@@ -9,9 +9,15 @@ import sys
 from collections.abc import Sequence
 
 from jaxlm import __version__
-from jaxlm.config import UserError
+from jaxlm.config import UserError, expand_home
 
 OVERRIDES = "key.sub=value: overrides of the config, e.g. mesh.fsdp=8 optimizer.learning_rate=1e-3"
+
+# Arguments, of any command, that name files or directories.
+PATHS = (
+    "config", "target", "source", "out", "path", "inputs", "validation", "tokenizer", "html",
+    "write", "calibrate",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stdout)
     try:
+        _expand_paths(args)
         return args.run(args) or 0
     except UserError as error:
         print(f"jaxlm: {error}", file=sys.stderr)
@@ -43,6 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _expand_paths(args: argparse.Namespace) -> None:
+    """Replace ~ in paths, which shells leave in --out=~/x; a file that has this name stays."""
+    for name in PATHS:
+        value = getattr(args, name, None)
+        texts = [value] if isinstance(value, str) else value or []
+        paths = [text if os.path.lexists(text) else expand_home(text, name) for text in texts]
+        if paths:
+            setattr(args, name, paths[0] if isinstance(value, str) else paths)
 
 
 def make_parser() -> argparse.ArgumentParser:
