@@ -10,9 +10,15 @@ import sys
 from collections.abc import Sequence
 
 from jaxlm import __version__
-from jaxlm.config import UserError
+from jaxlm.config import UserError, expand_home
 
 OVERRIDES = "key.sub=value: overrides of the config, e.g. mesh.fsdp=8 optimizer.learning_rate=1e-3"
+
+# Arguments, of any command, that name files or directories.
+PATHS = (
+    "config", "target", "source", "out", "path", "inputs", "validation", "tokenizer", "html",
+    "write", "calibrate",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=stream)
     logging.getLogger("jaxlm").setLevel(logging.WARNING)
     try:
+        _expand_paths(args)
         return args.run(args) or 0
     except UserError as error:
         print(f"jaxlm: {error}", file=sys.stderr)
@@ -47,6 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _expand_paths(args: argparse.Namespace) -> None:
+    """Replace ~ in paths, which shells leave in --out=~/x; a file that has this name stays."""
+    for name in PATHS:
+        value = getattr(args, name, None)
+        texts = [value] if isinstance(value, str) else value or []
+        paths = [text if os.path.lexists(text) else expand_home(text, name) for text in texts]
+        if paths:
+            setattr(args, name, paths[0] if isinstance(value, str) else paths)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -180,9 +197,11 @@ def _start(args, target: str):
     from jaxlm import devices, run
 
     config = run.load_config(target, args.overrides)
-    devices.start(config.devices)
-    talk = args.run in (_train, _check) and jax.process_index() == 0  # others print their result
+    talk = args.run in (_train, _check)  # others print their result
     logging.getLogger("jaxlm").setLevel(logging.INFO if talk else logging.WARNING)
+    devices.start(config.devices)
+    if jax.process_index():
+        logging.getLogger("jaxlm").setLevel(logging.WARNING)
     return config
 
 

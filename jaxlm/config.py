@@ -10,6 +10,7 @@ Every field carries its meaning with its unit, its legal values, and what changi
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,12 +69,14 @@ def key(
     choices: tuple = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    path: bool = False,
 ) -> Any:
     """Declare one config key: its default, meaning with unit, and what changing it alters.
 
     `numbers_where`: numbers change in some configs only, and in which (`configfile.changes`).
+    A `path` may start with ~ or ~user, a home directory.
     """
-    metadata = dict(doc=doc, changes=tuple(changes.split()), choices=choices)
+    metadata = dict(doc=doc, changes=tuple(changes.split()), choices=choices, path=path)
     metadata |= dict(numbers_where=numbers_where)
     metadata |= dict(minimum=minimum, maximum=maximum, required=default is REQUIRED)
     if default is REQUIRED:
@@ -94,7 +97,7 @@ def section(cls: type[T]) -> type[T]:
 class Run:
     """Where a run keeps everything it writes."""
 
-    dir: str = key("", "run directory; empty: runs/<name>")
+    dir: str = key("", "run directory; empty: runs/<name>", path=True)
 
 
 @section
@@ -354,7 +357,9 @@ class Optimizer:
 class Data:
     """Where tokens come from."""
 
-    path: str = key(REQUIRED, "directory that `jaxlm data prepare` wrote", changes="numbers data")
+    path: str = key(
+        REQUIRED, "directory that `jaxlm data prepare` wrote", changes="numbers data", path=True
+    )
     corpus: str = key(
         "none", "built-in corpus, made where data.path is data/<its name> and does not exist",
         choices=("none", "python-stdlib"),
@@ -371,7 +376,7 @@ class Checkpoint:
     keep: int = key(2, "newest checkpoints kept", minimum=1)
     start_from: str = key(
         "", "run directory whose newest parameters a new run starts from; empty: from the seed",
-        changes="numbers",
+        changes="numbers", path=True,
     )  # fmt: skip
     keep_every: int = key(
         0, "checkpoints at multiples of this step are kept for good; 0: none", minimum=0
@@ -423,7 +428,9 @@ class Plan:
         "fragments and what the estimate misses", minimum=0.1, maximum=1.0,
     )  # fmt: skip
     price: float = key(0.0, "currency per chip and hour; 0: not shown", minimum=0.0)
-    cache: str = key("", "directory of results; empty: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm")
+    cache: str = key(
+        "", "directory of results; empty: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm", path=True
+    )
 
 
 @section
@@ -470,6 +477,24 @@ class Config:
 def run_dir(config: Config) -> Path:
     """The directory that a run writes to."""
     return Path(config.run.dir) if config.run.dir else Path("runs") / config.name
+
+
+def expand_home(path: str, what: str) -> str:
+    """The path with a leading ~ or ~user replaced by that home directory.
+
+    UserError, which starts with `what`, where there is no such user.
+    """
+    try:
+        found = os.path.expanduser(path)
+    except ValueError:  # not a name that a user can have
+        found = path
+    if found.startswith("~"):
+        user = path.partition("/")[0]
+        raise UserError(
+            f"{what}={path}: {user} is no user's home directory here; write ./{path} if the name "
+            "itself starts with ~"
+        )
+    return found
 
 
 def padded_vocab(model: Model) -> int:

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jaxlm.config import FAMILIES, Config, Model, UserError
+from jaxlm.config import FAMILIES, Config, Model, UserError, expand_home
 
 NULL = "tag:yaml.org,2002:null"
 TEXT = "tag:yaml.org,2002:str"
 BOOL = "tag:yaml.org,2002:bool"
+TAGS = {f"tag:yaml.org,2002:{name}" for name in "str null bool int float timestamp seq map".split()}
 OVERRIDE = "override"
 DEFAULT = "default"
 
@@ -173,10 +174,11 @@ def _read_file(path: Path, parents: tuple[Path, ...], wanted_by: str = "") -> di
         raise UserError(f"{path}:{_line(root)}: a config is a mapping of keys, not {_noun(root)}")
     own = _flatten(root, "", lambda node: f"{path}:{_line(node)}")
     include = own.pop("include", None)
-    entries = {}
+    asked_by, entries = include.source if include else "", {}
     for name in _coerce("include", tuple[str, ...], include) if include else ():
+        name = expand_home(name, f"{asked_by}: include")
         other = Path(os.path.normpath(path.parent / name))
-        included = _read_file(other, (*parents, path), include.source if include else "")
+        included = _read_file(other, (*parents, path), asked_by)
         entries = _over(entries, included)
     return _over(entries, own)
 
@@ -192,22 +194,38 @@ def _over(entries: dict[str, Entry], later: dict[str, Entry]) -> dict[str, Entry
 
 
 def _read_override(override: str) -> dict[str, Entry]:
-    """The flat table of `key=value`; the value is YAML."""
+    """The flat table of `key=value`."""
     name, equals, text = override.partition("=")
     name = name.strip()
     if not equals or not name:
         raise UserError(f"override {_short(override)!r} is not key=value, as in mesh.tensor=2")
     if name == "include":
         raise UserError("override: include works in files only")
+    whole = yaml.MappingNode("", [(yaml.ScalarNode(TEXT, name), _override_node(name, text))])
+    return _flatten(whole, "", lambda node: OVERRIDE)
+
+
+def _override_node(name: str, text: str) -> yaml.Node:
+    """The value of an override: YAML, but a key of text takes what is written as it stands.
+
+    Of text, YAML is only what stands in quotes or brackets: '# x' would be a comment, *x an alias.
+    """
+    bare = text.strip()
+    quoted = len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\""
+    marked = quoted or bare.startswith(("[", "{"))
+    key = schema(*FAMILIES).get(name)
+    item = schema().get(name.rpartition(".")[0])  # of a table, such as rules.mlp
+    kind = key.kind if key else item.kind if item else None
+    if kind in TEXT_KINDS and not marked:
+        exact = key is not None and not key.field.metadata["choices"]
+        return yaml.ScalarNode(TEXT, text if exact else bare)
     try:
         node = _parse(text, f"override: {name}={_short(text)}")
     except UserError as error:
-        if text.lstrip().startswith(("[", "{", "'", '"')):
+        if marked:
             raise UserError(f"{error}; quote words with other signs, as in ['*norm*']") from error
-        node = yaml.ScalarNode(TEXT, text)  # such as optimizer.train=*norm*, a YAML alias
-    node = yaml.ScalarNode(TEXT, "") if node is None else node
-    whole = yaml.MappingNode("", [(yaml.ScalarNode(TEXT, name), node)])
-    return _flatten(whole, "", lambda node: OVERRIDE)
+        node = None
+    return node or yaml.ScalarNode(TEXT, bare)
 
 
 def _parse(text: str, what: str) -> yaml.Node | None:
@@ -307,7 +325,7 @@ def _value(key: Key, entry: Entry) -> Any:
         why = f"must be at most {limits['maximum']}"
     if why:
         raise UserError(f"{entry.source}: {key.name}={_shown(entry.node)} {why}")
-    return value
+    return expand_home(value, f"{entry.source}: {key.name}") if limits["path"] else value
 
 
 def _coerce(name: str, kind: Any, entry: Entry) -> Any:
@@ -319,13 +337,16 @@ def _coerce(name: str, kind: Any, entry: Entry) -> Any:
 
 def _read(kind: Any, node: yaml.Node, typed: bool) -> Any:
     """A node as a value of this kind; `typed` on a command line, text needs no quotes."""
+    if node.tag not in TAGS:
+        raise ValueError(f"has the YAML tag {node.tag}; write text that starts with ! in quotes")
     if node.tag == NULL:
         raise ValueError("is null; leave the key out to take its default")
     if kind == tuple[str, ...]:
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
         return tuple(_read(str, item, typed) for item in items)
     if not isinstance(node, yaml.ScalarNode):
-        raise ValueError(f"must be {KINDS[kind]}, not {_noun(node)}")
+        hint = "; write text with such signs in quotes" if kind is str else ""
+        raise ValueError(f"must be {KINDS[kind]}, not {_noun(node)}{hint}")
     if kind is bool:
         return _read_bool(node.value)
     if kind is str:
@@ -373,6 +394,8 @@ KINDS = {
     tuple[str, ...]: "a list of text", dict[str, int]: "a mapping of axis to factor",
     dict[str, tuple[str, ...]]: "a mapping of dimension to axes",
 }  # fmt: skip
+
+TEXT_KINDS = (str, tuple[str, ...], dict[str, tuple[str, ...]])  # of the last, its items
 
 
 def _line(node: yaml.Node) -> int:

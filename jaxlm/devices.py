@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import importlib.util
+import logging
 import os
+import pkgutil
+import sys
+import types
 
 import jax
+from jax.extend import backend
 from jax.sharding import Mesh
 
 from jaxlm import config as cfg
+
+logger = logging.getLogger("jaxlm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +73,17 @@ def find_kind(device_kind: str) -> Kind:
     return Kind(name, 0, 0)
 
 
+# Files that show a driver: of NVIDIA GPUs (dxg under WSL, nvmap on Tegra), of TPUs (accel on older
+# VMs, vfio on newer ones; /dev/vfio/vfio is on machines without a TPU too).
+NVIDIA_FILES = ("/dev/nvidia*", "/dev/dxg", "/dev/nvmap", "/proc/driver/nvidia/version")
+TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+
+
 def start(devices: cfg.Devices) -> None:
     """Simulate CPU devices and join the other processes, before anything touches a device."""
+    absent = leave_out_absent()
+    if absent and not devices.simulate:
+        logger.info(f"not loaded, since this machine has no such device: {', '.join(absent)}")
     if devices.simulate:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices.simulate)
@@ -79,6 +97,47 @@ def start(devices: cfg.Devices) -> None:
         )
     elif launcher():
         _join()  # jax reads the launcher's variables itself
+
+
+def leave_out_absent() -> list[str]:
+    """Keep jax from probing for NVIDIA GPUs and TPUs where there are none; names what it left out.
+
+    Probing costs seconds of start and prints the traceback of the CUDA plugin and the complaints of
+    libtpu, which are installed for `jaxlm plan`. Other plugins are untouched; JAX_PLATFORMS wins,
+    as does what jax chose on a TPU VM. To be called before anything touches a device.
+    """
+    if jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
+        return []
+    absent = []
+    if cuda := [] if _any_file(NVIDIA_FILES) else _cuda_plugins():
+        absent.append("the CUDA plugin")
+        for name in cuda:  # jax imports each plugin and calls its initialize()
+            plugin = types.ModuleType(name)
+            plugin.__dict__["initialize"] = lambda: None
+            sys.modules.setdefault(name, plugin)
+    tpu = _any_file(TPU_FILES) or launcher() == "tpu"
+    if not tpu and importlib.util.find_spec("libtpu") is not None:
+        absent.append("libtpu")
+        backend.register_backend_factory("tpu", _no_tpu, priority=-1, fail_quietly=True)
+    return absent
+
+
+def _any_file(patterns: tuple[str, ...]) -> bool:
+    return any(glob.glob(pattern) for pattern in patterns)
+
+
+def _cuda_plugins() -> list[str]:
+    """Modules of jax's CUDA plugins that are installed."""
+    try:
+        import jax_plugins
+    except ImportError:  # no plugin at all
+        return []
+    found = pkgutil.iter_modules(jax_plugins.__path__, "jax_plugins.")
+    return [module.name for module in found if module.name.startswith("jax_plugins.xla_cuda")]
+
+
+def _no_tpu():
+    raise RuntimeError("this machine has no TPU: no /dev/accel* and no /dev/vfio/<number>")
 
 
 def _join(**settings) -> None:

@@ -75,7 +75,8 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> cfg.C
     path = Path(path)
     if not os.path.isdir(path):
         return configfile.load(path, overrides)
-    here = [f"run.dir={configfile.yaml_text(str(path))}"]
+    place_ = f"./{path}" if str(path).startswith("~") else str(path)  # not a home directory
+    here = [f"run.dir={configfile.yaml_text(place_)}"]
     here += ["devices.coordinator=", "devices.num_processes=0", "devices.process_id=0"]
     return configfile.load(config_path(path), [*here, *overrides])
 

@@ -222,7 +222,11 @@ def _check_run(config: Config) -> None:
     name = config.name
     if not name.strip() or name in (".", "..") or set(name) & set("/\\\0"):
         raise UserError(f"name={name!r} must be a file name without separators, as in name=run")
-    for key, path in (("run.dir", config.run.dir), ("data.path", config.data.path)):
+    start_from, cache = config.checkpoint.start_from, config.plan.cache
+    for key, path in (
+        ("run.dir", config.run.dir), ("data.path", config.data.path),
+        ("checkpoint.start_from", start_from), ("plan.cache", cache),
+    ):  # fmt: skip
         if "\0" in path:
             raise UserError(f"{key}={path!r} must be a path, without a NUL character")
     if not config.data.path.strip():

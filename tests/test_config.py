@@ -1,6 +1,7 @@
 """Config files, validation and explanations: tables of cases, and random mistakes."""
 
 import dataclasses
+import pwd
 import random
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import tiny
 import yaml
 
+from jaxlm.cli import main
 from jaxlm.config import (
     AXES,
     DIMS,
@@ -28,6 +30,7 @@ from jaxlm.configfile import (
     to_dict,
 )
 from jaxlm.explain import CHANGES, explain, show
+from jaxlm.run import load_config
 from jaxlm.validate import resolve_mesh, validate
 
 BASE = """\
@@ -110,6 +113,85 @@ def test_override(base, override, name, value):
     assert "override" in sources.values()
 
 
+TEXTS = [
+    "# Introduction", "a #2", "!old", "Q: why?", "*x", "&a", "&a b", "@x", "%x", "- x", "? x",
+    "a: b", "123", "true", "null", "~", "1e5", "2024-01-02", "k=v=w", " two  gaps ", "line\n\nline",
+    "tab\there", "'Twas", '"', "'", '"Hi" she said', '"a" # b', "a, b", "it's", "x]", "}", "`x`",
+    "|", "> x", "--- a", "...", "\\n", "caf\u00e9", "{x", "[x", "", "\x07",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_stands(base, text):
+    """The literal text of an override; in quotes and in brackets what PyYAML reads there."""
+    bracketed = text.startswith(("{", "["))
+    for written in [] if bracketed else [text]:
+        config = load("base.yaml", [f"sample.prompts={written}", f"data.path=./{written}"])
+        assert config.sample.prompts == (text,) and config.data.path == f"./{text}"
+        (base / "again.yaml").write_text(dump(config), encoding="utf-8")
+        assert load("again.yaml") == config
+        if text != "~":
+            assert load("base.yaml", [f"run.dir={text}", f"name={text}"]).run.dir == text
+    for style in "'\"":
+        quoted = yaml.safe_dump(text, default_style=style, width=10**6).strip()
+        assert yaml.safe_load(quoted) == text
+        config = load("base.yaml", [f"name={quoted}", f"sample.prompts=[{quoted}, b]"])
+        assert (config.name, config.sample.prompts) == (text, (text, "b"))
+        one = load("base.yaml", [f"sample.prompts={quoted}"])
+        assert one.sample.prompts == (text,)
+
+
+def test_tags_in_files_are_not_dropped(base):
+    for text in ("run: {dir: !old }", "sample: {prompts: [!a b]}", "sample: {prompts: !x [a]}"):
+        (base / "f.yaml").write_text(f"{BASE}{text}\n")
+        assert "write text that starts with ! in quotes" in error_of(load, "f.yaml")
+
+
+def test_home_directories(base, monkeypatch):
+    """~ and ~user in every path, of overrides and of files; a run keeps what it meant."""
+    monkeypatch.setenv("HOME", str(base / "me"))
+    root = pwd.getpwuid(0)
+    (base / "more.yaml").write_text("run: {dir: ~/runs/x}\nplan: {cache: ~/cache}\n")
+    (base / "me").mkdir()
+    (base / "me" / "mine.yaml").write_text("seed: 7\n")
+    (base / "home.yaml").write_text("include: [base.yaml, more.yaml, ~/mine.yaml]\n")
+    paths = ["data.path=~/d", f"checkpoint.start_from=~{root.pw_name}/r", "sample.prompts=~/p"]
+    config = load("home.yaml", paths)
+    assert config.run.dir == str(run_dir(config)) == str(base / "me" / "runs" / "x")
+    assert (config.data.path, config.plan.cache) == (f"{base}/me/d", f"{base}/me/cache")
+    assert config.checkpoint.start_from == f"{root.pw_dir.rstrip('/')}/r"
+    assert config.sample.prompts == ("~/p",) and config.seed == 7
+    assert f"path: {base}/me/d" in show(config, {})
+    (base / "again.yaml").write_text(dump(config))
+    assert differences(to_dict(config), load("home.yaml", paths), "data") == []
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert load("again.yaml") == config
+    for name in ("a~b", "./~", "x/~/y"):
+        assert load("base.yaml", [f"run.dir={name}"]).run.dir == name
+    assert load("base.yaml", ["run.dir='~'"]).run.dir == "/elsewhere"
+
+
+def test_home_directories_of_arguments(base, monkeypatch, capsys):
+    """Shells leave ~ in --out=~/x and in quotes; a file of that name is meant itself."""
+    monkeypatch.setenv("HOME", str(base / "me"))
+    (base / "me").mkdir()
+    (base / "me" / "mine.yaml").write_text(BASE + "seed: 7\n")
+    assert main(["config", "show", "~/mine.yaml"]) == 0
+    assert "seed: 7 " in capsys.readouterr().out
+    (base / "~run").mkdir()
+    (base / "~run" / "config.yaml").write_text(BASE)
+    assert load_config("~run").run.dir == "./~run"
+    assert main(["config", "show", "~run"]) == 0
+    assert main(["config", "show", "~nobody-here/x.yaml"]) == 2
+    assert "~nobody-here is no user's home directory" in capsys.readouterr().err
+    (base / "text.txt").write_text("words to train on\n\nand more\n")
+    made = ["data", "prepare", "text.txt", "--tokenizer", "bytes", "--out=~/d"]
+    assert main(made) == 0 and (base / "me" / "d" / "manifest.json").is_file()
+    plan = ["plan", "~/mine.yaml", "target=cpu:1", "--analytic", "--html=~/p.html"]
+    main([*plan, f"plan.cache={base}/cache"])
+    assert (base / "me" / "p.html").is_file() and not (base / "~").exists()
+
+
 def test_defaults_sources_and_types(base):
     config, sources = load_with_sources("base.yaml", ["mesh.tensor=2", "rules.mlp=[]"])
     assert sources["steps"] == "base.yaml:1"
@@ -176,8 +258,18 @@ def test_include(base):
         (["log.wandb=yes"], ["must be true or false"]),
         (["remat.policy=ful"], ["must be one of none, full", "did you mean full?"]),
         (["name=[a"], ["name=[a", "not valid YAML"]),
-        (["name=null"], ["is null"]),
         (["sample.prompts=[a, null]"], ["is null"]),
+        (["seed=null"], ["is null"]),
+        (['name="a\\q"'], ["not valid YAML", "quote"]),
+        (['name="a": "b"'], ["must be text, not a mapping", "in quotes"]),
+        (["sample.prompts=[INST] hi [/INST]"], ["not valid YAML", "quote"]),
+        (["sample.prompts=[Q: why]"], ["must be text, not a mapping", "in quotes"]),
+        (["optimizer.train=[*.norm]"], ["not valid YAML", "['*norm*']"]),
+        (["run={dir: !old }"], ["run.dir", "YAML tag !old", "in quotes"]),
+        (["seed=!x 3"], ["YAML tag !x"]),
+        (["mesh={data: 2"], ["not valid YAML"]),
+        (["run.dir=~no-such-user/x"], ["~no-such-user", "./~no-such-user/x"]),
+        (["data.path=~\0"], ["no user's home"]),
         (["tensor"], ["is not key=value"]),
         (["=3"], ["is not key=value"]),
         (["include=base.yaml"], ["in files only"]),

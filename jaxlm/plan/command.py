@@ -78,7 +78,8 @@ def _target(config: cfg.Config):
 
     if config.plan.target == "local":
         devices.start(config.devices)
-    else:
+    else:  # a process of its own compiles
+        devices.leave_out_absent()
         jax.config.update("jax_platforms", "cpu")
     return estimate.find_target(config)
 
@@ -135,7 +136,7 @@ def _search(args, config: cfg.Config, target) -> int:
     else:
         report.show_search(_console(), found)
         print(f"\nbest: {search.describe(best)}")
-        print(f"as overrides: {' '.join(search.overrides(best))}")
+        print(f"as overrides: {shlex.join(search.overrides(best))}")
     if args.write:
         _write(
             args.write, search.config_text(runs.config_path(args.config), args.write, best, target)
@@ -192,9 +193,11 @@ def advise(config: str, overrides: Sequence[str]) -> None:
 
 
 def _calibrate(args) -> int:
+    from jaxlm import devices
     from jaxlm import run as runs
     from jaxlm.plan import calibrate
 
+    devices.leave_out_absent()
     for text in [args.config, *args.overrides]:
         if text:
             raise cfg.UserError(f"--calibrate takes run directories alone, not {text}")

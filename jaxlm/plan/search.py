@@ -356,6 +356,7 @@ def config_text(source: Path, out: str, best: Candidate, target: Target) -> str:
     changed = _changes(configfile.to_dict(original), configfile.to_dict(wanted))
     how = "compiled" if best.compiled else "estimated by formulas, not compiled"
     include = os.path.relpath(source, Path(out).parent)
+    include = f"./{include}" if include.startswith("~") else include  # not a home directory
     lines = [
         f"# Found by jaxlm plan --search for {target.text}: {describe(best)};",
         f"# {how}. Limited by {best.limit}.",

@@ -148,6 +148,8 @@ class Target:
 
     def devices(self) -> list:
         """The devices of the compiler's plugin; UserError names the extra where it is missing."""
+        if self.platform != "gpu":  # its compiler is the CUDA plugin
+            device_facts.leave_out_absent()
         jax.config.update("jax_platforms", "cpu")
         if self.platform == "tpu":
             return _tpu_devices(self)
