@@ -192,7 +192,7 @@ def compile_best(
             break
         try:
             result = measure(candidate.config)
-            fits = result["peak_bytes"] <= limit
+            fits = not result["refused"] and result["peak_bytes"] <= limit
             fit += fits
             tried.append(candidate._replace(compiled=result, fits=fits))
         except CompileError as error:
