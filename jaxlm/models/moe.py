@@ -70,6 +70,15 @@ class Config(cfg.Model):
         changes=NUMBERS,
     )  # fmt: skip
 
+    @property
+    def microbatches_change_numbers(self) -> bool:
+        """With the balance loss: a product of two means over the tokens of a microbatch.
+
+        Over the global batch it would need every microbatch's forward pass before the first
+        backward pass.
+        """
+        return self.balance == "loss" and self.balance_coefficient > 0
+
 
 class MoE(nnx.Module):
     """Top-k routed experts in place of an MLP."""
