@@ -121,7 +121,8 @@ def test_a_compile_that_fails_is_marked_and_the_search_goes_on():
         if config.mesh.fsdp == 1:
             raise CompileError("target=v5e: the compiler crashed (signal 11)")
         peak = {2: 99.0}.get(config.mesh.fsdp, 5.0)  # the second does not fit after all
-        return {"step_seconds": 20.0 - config.mesh.fsdp, "peak_bytes": peak, "limit": "x"}
+        known = {"peak_bytes": peak, "limit": "x", "refused": None}
+        return known | {"step_seconds": 20.0 - config.mesh.fsdp}
 
     found = search.compile_best(search.Search(6, 0, ranked), 2, 50.0, measure, said.append)
     assert asked == [1, 2, 4, 8]  # until two fit
@@ -129,6 +130,18 @@ def test_a_compile_that_fails_is_marked_and_the_search_goes_on():
     assert [c.fits for c in found.ranked] == [True, True, False, False, True, True]
     assert "signal 11" in found.ranked[3].failure and len(said) == 4 and "signal 11" in said[0]
     assert search.chosen(found) is found.ranked[0]
+
+
+def test_what_the_compiler_refuses_does_not_fit_and_the_search_goes_on():
+    ranked, said = [candidate(1.0 + n, 10.0 - n, 2**n) for n in range(3)], []
+
+    def measure(config):
+        refused = {"needed_bytes": 5.0} if config.mesh.fsdp == 1 else None
+        return {"step_seconds": 2.0, "peak_bytes": 5.0, "limit": "x", "refused": refused}
+
+    found = search.compile_best(search.Search(3, 0, ranked), 1, 50.0, measure, said.append)
+    assert [(c.sizes["fsdp"], c.fits) for c in found.ranked] == [(2, True), (1, False), (4, True)]
+    assert "does not fit" in said[0] and search.chosen(found).sizes["fsdp"] == 2
 
 
 def test_at_most_twice_as_many_are_compiled():

@@ -62,9 +62,7 @@ def read_message(message: str) -> Refusal | None:
     return None
 
 
-def explain(
-    lowered: jax.stages.Lowered, error: jax.errors.JaxRuntimeError
-) -> tuple[Refusal, Memory, str]:
+def explain(lowered: jax.stages.Lowered, error: RuntimeError) -> tuple[Refusal, Memory, str]:
     """The refusal, its memory, and the text of the program that was refused (empty: none is left).
 
     Compiles once more, with a dump. Raises the error where it is not about a device's memory.
