@@ -237,7 +237,7 @@ def statistics(c: Config, scores_BSE, logits_BSE, hit_BSKE, dropped_BS, real_BS)
         "router/balance_loss": weight * balance,
         "router/z_loss": c.router_z_loss * z / count,
         "router/entropy": entropy / count,
-        "router/load_max": jnp.max(load_E) * E / jnp.maximum(jnp.sum(load_E), 1.0),
+        "peak/router/load_max": load_E,
         "router/dropped": dropped / (count * c.experts_per_token),
     }
     return aux | ({"update/moe.bias": load_E} if c.balance == "bias" else {})
