@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config as cfg
-from jaxlm import configfile
-from jaxlm.plan import cache, cost, executables, hlo
+from jaxlm import configfile, programs
+from jaxlm.plan import cache, cost, hlo
 from jaxlm.plan.account import account
 from jaxlm.plan.collectives import find_collectives, summarize
 from jaxlm.plan.liveness import largest, split_memory
@@ -71,7 +71,6 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
     done = time.monotonic()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
-    unkept = executables.save(config, target, compiled)
     module = hlo.parse(text)
     found, buffers = read_cost(config, program, target, memory, module)
     return {
@@ -85,7 +84,7 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
         "code_bytes": memory.generated_code_size_in_bytes,  # beside the peak
         "collectives": summarize(find_collectives(module), program.layout),
         "cost": cost.to_json(found),
-        "warnings": [unkept] if unkept else [],
+        "warnings": [],
         "largest": buffers,
     }
 
@@ -170,6 +169,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("jaxlm").setLevel(logging.INFO)
     try:
+        if parse_target(args.target).platform == "cpu":
+            programs.keep()  # `train` loads it
+        else:  # compilers of absent devices cannot read what they kept
+            jax.config.update("jax_enable_compilation_cache", False)
         print(json.dumps(report(configfile.load(args.config, args.overrides), args.target)))
     except cfg.UserError as error:
         print(f"jaxlm: {error}", file=sys.stderr)
