@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,7 +14,18 @@ import tiny
 
 from jaxlm import cli, configfile, metrics, train
 from jaxlm import config as cfg
-from jaxlm.plan import cache, calibrate, command, compiled, estimate, page, plan, report, units
+from jaxlm.plan import (
+    cache,
+    calibrate,
+    command,
+    compiled,
+    estimate,
+    page,
+    plan,
+    report,
+    roofline,
+    units,
+)
 from jaxlm.plan.target import AbsentDevice, local_target, parse_target
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -295,6 +307,29 @@ def test_out_of_memory_ends_with_edits(tmp_path, monkeypatch, capsys):
     assert f"jaxlm plan {TINY} --fit mesh.fsdp=8" in said and "target=cpu:8" in said
     assert started[0][1:5] == ["-m", "jaxlm", "plan", str(TINY)]
     assert "batch.microbatches" in said  # where the planner has no answer
+
+
+def test_a_fault_in_the_advice_hides_nothing(tmp_path, monkeypatch, capsys, caplog):
+    def full(config):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 17 GB of 16 GB")
+
+    def fault(_):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(train, "train", full)
+    monkeypatch.setattr(command, "_advise", fault)
+    assert cli.main(["train", str(TINY), "mesh.fsdp=8", f"plan.cache={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said == "jaxlm: out of memory: RESOURCE_EXHAUSTED: 17 GB of 16 GB\n"
+    assert "edits that fit are not looked for: OSError: [Errno 12] Cannot allo" in caplog.text
+
+
+def test_rates_that_cannot_be_are_not_used(tmp_path):
+    path = tmp_path / "efficiencies.json"
+    for value in (0.5, 0, -1, math.nan, "x", math.inf):
+        rate = {"value": value, "origin": "?"}
+        path.write_text(json.dumps({"TPU v5e": {"matmuls": rate, "overhead": rate | {"value": 0}}}))
+        assert bool(roofline.load(path)) == (value == 0.5)
 
 
 def test_measurements_leave_the_compile_out():

@@ -177,7 +177,7 @@ def advise(config: str, overrides: Sequence[str]) -> None:
     from jaxlm import metrics
 
     if jax.process_index() == 0:
-        with metrics.only_informs("jaxlm: no edits that fit"):
+        with metrics.only_informs("edits that fit are not looked for"):
             _advise(["plan", config, "--fit", *overrides])
 
 
