@@ -65,6 +65,8 @@ def only_informs(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # the reader of our output has left: there is nobody to inform
+        raise
     except cfg.UserError as error:
         logger.info("%s: %s", what, error)
     except Exception as error:
@@ -121,7 +123,8 @@ def open_log(
         def samples(done: int, texts: list[tuple[str, str]]) -> None:
             for prompt, text in texts:
                 keep_sample({"step": done, "prompt": prompt, "text": text})
-            say(f"step {done}  sample {texts[0][0] + texts[0][1]!r}")
+            with only_informs("no sample is shown"):  # by a terminal that lacks its characters
+                say(f"step {done}  sample {texts[0][0] + texts[0][1]!r}")
 
         def compare(done: int, plan: dict[str, Any]) -> None:
             with only_informs("plan: no comparison with the run"):

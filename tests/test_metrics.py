@@ -1,5 +1,6 @@
 """What a run tells: its files, its progress line, and the loggers that are extras."""
 
+import io
 import json
 import math
 import sys
@@ -82,8 +83,19 @@ def test_what_only_informs_does_not_end_a_run(data, tmp_path, monkeypatch, caplo
     ]  # fmt: skip
     assert sorted(tiny.losses(tmp_path / "run")) == [1, 2]
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
-    with pytest.raises(KeyboardInterrupt), metrics.only_informs("nothing"):
-        raise KeyboardInterrupt
+    for kind_ in (KeyboardInterrupt, BrokenPipeError):
+        with pytest.raises(kind_), metrics.only_informs("nothing"):
+            raise kind_
+
+
+def test_a_sample_that_the_terminal_cannot_show_is_kept(tmp_path, monkeypatch, caplog):
+    config = tiny.config("llama")
+    mesh, structure = open_run(config)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    with metrics.open_log(config, structure, mesh, tmp_path, start=0) as log:
+        log.samples(1, [("a", "\u00e9")])
+    assert "warning: no sample is shown: UnicodeEncodeError" in caplog.text
+    assert tiny.records(tmp_path, "samples.jsonl") == [{"step": 1, "prompt": "a", "text": "\u00e9"}]
 
 
 def test_a_run_longer_than_the_calendar_has_no_end():
