@@ -412,7 +412,9 @@ class Plan:
         "fragments and what the estimate misses", minimum=0.1, maximum=1.0,
     )  # fmt: skip
     price: float = key(0.0, "currency per chip and hour; 0: not shown", minimum=0.0)
-    cache: str = key("", "directory of results; empty: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm")
+    cache: str = key(
+        "", "directory of results (JSON); empty: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm"
+    )
 
 
 @section

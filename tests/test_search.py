@@ -216,6 +216,39 @@ def test_a_chosen_mesh_is_remembered(tmp_path, monkeypatch):
         search.settle_run(config, parse_target("cpu:4").absent_devices())
 
 
+@pytest.mark.parametrize(
+    "planted",
+    [
+        b"\x80\x04.", b"[]", b"{}", b'{"settings": 1, "why": "x"}',
+        b'{"settings": {"mesh": {"fsdp": 3}, "remat": {"policy": "none", "names": [], '
+        b'"offload": []}, "microbatches": 1, "chunks": 1}, "why": "x"}',
+        b'{"settings": {"mesh": {"fsdp": "8"}, "remat": {"policy": "none", "names": [], '
+        b'"offload": []}, "microbatches": 1, "chunks": 1}, "why": "x"}',
+    ],
+)  # fmt: skip
+def test_a_strange_memory_of_a_mesh_is_not_used(tmp_path, monkeypatch, planted):
+    config = configfile.load(TINY, ["mesh=auto", f"plan.cache={tmp_path}"])
+    target = parse_target("cpu:8")
+    monkeypatch.setattr(estimate, "make_estimator", lambda *_: formulas)
+    monkeypatch.setattr(estimate, "memory_limit", lambda _: 1e12)
+    first, _ = search.choose_mesh(config, target)
+    [path] = tmp_path.glob("mesh-*.json")
+    path.write_bytes(planted)
+    again, why = search.choose_mesh(config, target)
+    assert again == first and "plan.cache" not in why
+
+
+def test_formulas_that_fail_leave_the_mesh_to_the_user(tmp_path, monkeypatch):
+    def fault(*_):
+        raise KeyError("a new optimizer")
+
+    monkeypatch.setattr(estimate, "make_estimator", fault)
+    keys = ["mesh=auto", f"plan.cache={tmp_path}/cache", f"run.dir={tmp_path}/run"]
+    message = "mesh=auto: no mesh can be chosen: KeyError: 'a new optimizer'; give its axes"
+    with pytest.raises(cfg.UserError, match=message):
+        search.settle_run(configfile.load(TINY, keys), parse_target("cpu:8").absent_devices())
+
+
 def test_auto_changes_other_settings_only_where_it_must(tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "make_estimator", lambda *_: formulas)
     monkeypatch.setattr(estimate, "structure_of", lambda _: None)

@@ -178,11 +178,18 @@ def advise(config: str, overrides: Sequence[str]) -> None:
     """
     import jax
 
+    from jaxlm import metrics
+
+    if jax.process_index() == 0:
+        with metrics.only_informs("edits that fit are not looked for"):
+            _advise(["plan", config, "--fit", *overrides])
+
+
+def _advise(arguments: list[str]) -> None:
+    import jax
+
     from jaxlm.plan.target import local_target
 
-    arguments = ["plan", config, "--fit", *overrides]
-    if jax.process_index():
-        return
     try:
         arguments.append(f"target={local_target(jax.devices()).text}")
     except cfg.UserError as error:

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config as cfg
-from jaxlm import configfile
-from jaxlm.plan import cache, cost, executables, hlo, overflow
+from jaxlm import configfile, programs
+from jaxlm.plan import cache, cost, hlo, overflow
 from jaxlm.plan.account import account
 from jaxlm.plan.collectives import find_collectives, summarize
 from jaxlm.plan.liveness import largest, split_memory
@@ -68,11 +68,10 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
     start = time.monotonic()
     lowered = trace_train_step(config, program).lower()
     traced = time.monotonic()
-    refused, unkept = None, ""
+    refused = None
     try:
         compiled = lowered.compile(GPU_OPTIONS if target.platform == "gpu" else None)
         memory, text = compiled.memory_analysis(), compiled.as_text()
-        unkept = executables.save(config, target, compiled)
     except jax.errors.JaxRuntimeError as error:
         refused, memory, text = overflow.explain(lowered, error)
     done = time.monotonic()
@@ -92,7 +91,7 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
         "code_bytes": memory.generated_code_size_in_bytes,  # beside the peak
         "collectives": summarize(find_collectives(module), program.layout) if module else {},
         "cost": cost.to_json(found) if found else None,
-        "warnings": [unkept] if unkept else [],
+        "warnings": [],
         "largest": buffers,
         "refused": refused._asdict() if refused else None,
     }
@@ -179,6 +178,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("jaxlm").setLevel(logging.INFO)
     try:
+        if parse_target(args.target).platform == "cpu":
+            programs.keep()  # `train` loads it
+        else:  # compilers of absent devices cannot read what they kept
+            jax.config.update("jax_enable_compilation_cache", False)
         print(json.dumps(report(configfile.load(args.config, args.overrides), args.target)))
     except cfg.UserError as error:
         print(f"jaxlm: {error}", file=sys.stderr)
