@@ -429,7 +429,9 @@ class Plan:
     )  # fmt: skip
     price: float = key(0.0, "currency per chip and hour; 0: not shown", minimum=0.0)
     cache: str = key(
-        "", "directory of results; empty: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm", path=True
+        "",
+        "directory of results (JSON); empty: $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm",
+        path=True,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import math
 import os
 import shlex
@@ -28,6 +29,8 @@ from jaxlm.attention.xla import visible_pairs
 from jaxlm.models import layer_windows
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
+
+logger = logging.getLogger("jaxlm")
 
 PLAIN_INTERVAL = 2.0  # seconds between progress lines when the output is not a terminal
 
@@ -58,6 +61,24 @@ def _active(model: cfg.Model, dims: str) -> float:
     if not {"experts", "mlp"} <= set(dims.split()):
         return 1.0
     return vars(model)["experts_per_token"] / vars(model)["num_experts"]
+
+
+@contextlib.contextmanager
+def only_informs(what: str) -> Iterator[None]:
+    """Around what a run can do without: any fault in it is one line, and the run goes on.
+
+    Not around what all processes compute together: those without the fault would wait for ever.
+    `what` says what is missing then.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # the reader of our output has left: there is nobody to inform
+        raise
+    except cfg.UserError as error:
+        logger.info("%s: %s", what, error)
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("warning: %s: %s", what, words[:300])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +119,8 @@ def open_log(
             for sink in sinks:
                 sink(record)
             show = say if done == config.steps else progress  # the last line stays
-            show(describe(record))
+            with only_informs("no line of progress"):
+                show(describe(record))
 
         def evaluation(done: int, result: dict[str, float]) -> None:
             for sink in sinks:
@@ -109,14 +131,16 @@ def open_log(
         def samples(done: int, texts: list[tuple[str, str]]) -> None:
             for prompt, text in texts:
                 keep_sample({"step": done, "prompt": prompt, "text": text})
-            say(f"step {done}  sample {texts[0][0] + texts[0][1]!r}")
+            with only_informs("no sample is shown"):  # by a terminal that lacks its characters
+                say(f"step {done}  sample {texts[0][0] + texts[0][1]!r}")
 
         def compare(done: int, plan: dict[str, Any]) -> None:
-            record = {"step": done, **plan, **measurements(timings, list(mesh.devices.flat))}
-            if len(record) > 1:
-                for sink in sinks:
-                    sink(record)
-                say(comparison(record))
+            with only_informs("plan: no comparison with the run"):
+                record = {"step": done, **plan, **measurements(timings, list(mesh.devices.flat))}
+                if len(record) > 1:
+                    for sink in sinks:
+                        sink(record)
+                    say(comparison(record))
 
         @contextlib.contextmanager
         def paused() -> Iterator[None]:
@@ -226,22 +250,30 @@ def _screen(stack: contextlib.ExitStack):
 
 def describer(config: cfg.Config, structure: Structure, mesh: Mesh):
     """record -> the progress line: loss, speed, MFU where the peak is known, time left, end."""
-    flops = flops_per_token(config.model, structure, config.batch.sequence_length)
-    peak = devices.kind(mesh).bf16_flops * mesh.size  # FLOP/s
+    flops, peak = 0.0, devices.kind(mesh).bf16_flops * mesh.size  # FLOP/s
+    with only_informs("no MFU"):
+        flops = flops_per_token(config.model, structure, config.batch.sequence_length)
 
     def describe(record: dict[str, Any]) -> str:
         rate = record["tokens_per_second"]
         left = (config.steps - record["step"]) * record["step_seconds"]
-        end = datetime.datetime.now() + datetime.timedelta(seconds=left)
-        mfu = f" MFU {rate * flops / peak:.1%}" if peak else ""
+        mfu = f" MFU {rate * flops / peak:.1%}" if peak and flops else ""
         return (
             f"step {record['step']}/{config.steps} loss {record['loss']:.4f}"
             f" norm {record['grad_norm']:.2f} lr {record['learning_rate']:.1e}"
-            f" {rate:,.0f} tok/s{mfu} left {_duration(left)}"
-            f" ends {end:{'%H:%M' if left < 43200 else '%a %d %b %H:%M'}}"
+            f" {rate:,.0f} tok/s{mfu} left {_duration(left)}{_end(left)}"
         )
 
     return describe
+
+
+def _end(left: float) -> str:
+    """When a run ends; nothing where that is beyond the calendar."""
+    try:
+        end = datetime.datetime.now() + datetime.timedelta(seconds=left)
+    except OverflowError:
+        return ""
+    return f" ends {end:{'%H:%M' if left < 43200 else '%a %d %b %H:%M'}}"
 
 
 def _duration(seconds: float) -> str:

@@ -25,6 +25,7 @@ from jaxlm import (
     lint,
     metrics,
     optim,
+    programs,
     run,
 )
 from jaxlm import config as cfg
@@ -41,7 +42,7 @@ from jaxlm.loss import (
     update_fixed,
 )
 from jaxlm.parallel import pipeline
-from jaxlm.plan import estimate, executables
+from jaxlm.plan import estimate
 from jaxlm.sharding import Layout, batch_shardings, sequence_order, wide
 from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh
 
@@ -179,8 +180,9 @@ def _unreduced_zeros(weight: jax.Array) -> jax.Array:
 
 def train(config: cfg.Config) -> None:
     """Train to config.steps, from the newest checkpoint of the run directory if it has one."""
+    if jax.process_count() == 1:  # where one loads and others compile, gloo gives up waiting
+        programs.keep()
     mesh, layout, structure, optimizer, train_step, options = make_program(config)
-    train_step = executables.load(config, mesh) or train_step
     run.prepare_data(config)
     training = data.open_split(config.data.path, "train")
     data.check_vocab(training, config.model.vocab_size)
@@ -210,11 +212,13 @@ def train(config: cfg.Config) -> None:
         due = lambda step, every: step == config.steps or (every and step % every == 0)
 
         with metrics.open_log(config, structure, mesh, run_dir, start) as log:
-            logger.info("%s", metrics.describe_run(config, mesh, layout, structure, start))
-            if layout.size("layers") > 1:
-                logger.info("%s", pipeline.describe(config, layout.size("layers")))
-            for line in lint.warnings(config, mesh, layout, structure):
-                logger.warning("warning: %s", line)
+            with metrics.only_informs("the run is not described"):
+                logger.info("%s", metrics.describe_run(config, mesh, layout, structure, start))
+                if layout.size("layers") > 1:
+                    logger.info("%s", pipeline.describe(config, layout.size("layers")))
+            with metrics.only_informs("costly settings are not named"):
+                for line in lint.warnings(config, mesh, layout, structure):
+                    logger.warning("warning: %s", line)
             if config.optimizer.warmup_steps >= config.steps:
                 logger.info("the run ends within its warm-up (optimizer.warmup_steps)")
             previous = None
@@ -241,24 +245,23 @@ def train(config: cfg.Config) -> None:
             checkpoint.finish(manager)
             if start < config.steps:
                 log.compare(config.steps, prediction)
-            log.say(metrics.closing_words(config, run_dir, start, example))
+            with metrics.only_informs("no closing words"):
+                log.say(metrics.closing_words(config, run_dir, start, example))
 
 
 def predict(config: cfg.Config, mesh: Mesh, structure: Structure) -> dict[str, Any]:
     """What the formulas of the planner expect of a step here; said, and kept with the metrics."""
-    try:
+    with metrics.only_informs("plan: no prediction"):
         target, (cost, time) = estimate.predict(config, mesh, structure)
-    except cfg.UserError as error:
-        logger.info("plan: no prediction: %s", error)
-        return {}
-    logger.info(
-        "plan: a step of %.4g s, %.2f GB a device, limited by %s (formulas; jaxlm plan compiles)",
-        time.seconds, cost.peak / 1e9, time.limit,
-    )  # fmt: skip
-    return {
-        "plan/target": target.text, "plan/step_seconds": time.seconds,
-        "plan/peak_bytes": cost.peak,
-    }  # fmt: skip
+        logger.info(
+            "plan: a step of %.4g s, %.2f GB a device, limited by %s (formulas; "
+            "jaxlm plan compiles)", time.seconds, cost.peak / 1e9, time.limit,
+        )  # fmt: skip
+        return {
+            "plan/target": target.text, "plan/step_seconds": time.seconds,
+            "plan/peak_bytes": cost.peak,
+        }  # fmt: skip
+    return {}
 
 
 def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, shardings, options):

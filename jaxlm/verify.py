@@ -1,9 +1,9 @@
 """Proof that a layout trains the same model: the config, shrunk, on each mesh against one device.
 
-Widths, layers and vocabulary become small; what makes the program what it is stays: the family,
-heads and experts, remat, microbatches, chunks, segments, rules. Compared are the initial parameters
-(bit for bit), loss, gradient norm, metrics, every gradient, three updates of SGD and of AdamW, and
-the fixed variables that these steps change.
+shrink.py makes the small config. Compared are the initial parameters (bit for bit), loss, gradient
+norm, metrics, every gradient, three updates of SGD and of the config's own optimizer, and the fixed
+variables that these steps change. Those of the first batch are compared once more with another
+number of microbatches on the mesh, unless the model declares that it changes numbers.
 What differs in float32 (a mistake, a long sum, a token whose experts are nearly tied) is computed
 again in float64, where rounding is a 1e-9th of it and a mistake is as large as before.
 """
@@ -27,10 +27,10 @@ from rich.table import Table
 
 from jaxlm import config as cfg
 from jaxlm import optim
-from jaxlm.attention import SHORT
 from jaxlm.data.pack import FIELDS
 from jaxlm.loss import UPDATE, update_fixed
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
+from jaxlm.shrink import own_mesh, replace_mesh, shrink
 from jaxlm.state import State, create_state, model_structure, open_mesh
 from jaxlm.train import loss_and_grads, make_updates
 from jaxlm.validate import validate
@@ -38,11 +38,11 @@ from jaxlm.validate import validate
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 FLOOR = 1e-4  # of the global norm: a smaller tensor is compared with this
 STEPS = 3
-LARGEST = 64  # devices of the config's own mesh that are simulated; above, its axes shrink to 2
 MOST = 512  # devices of a mesh that is asked for
 FAST = {"xla_backend_optimization_level": "0"}  # the same HLO, compiled in half the time
 Numbers = dict[str, dict[str, np.ndarray]]  # what -> name -> array
 Sizes = dict[str, int]  # of the axes of a mesh
+OPTIMIZERS = {"adamw": "AdamW", "adafactor": "Adafactor", "lion": "Lion", "muon": "Muon"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Result:
 
     mesh: str
     devices: int
+    microbatches: tuple[int, ...]  # the config's number, and the other that was tried
     equal: bool
     precision: str  # that of the verdict: float64 where float32 was not enough
     errors: dict[str, float]  # largest error of each kind in float32
@@ -64,29 +65,74 @@ def verify_layout(config: cfg.Config, meshes: Sequence[Sizes]) -> Iterator[Resul
     one = replace_mesh(small, {})
     reference = functools.cache(lambda double: measure(one, double))
     for sizes in meshes:
-        yield verify_mesh(replace_mesh(small, sizes), reference)
+        on_mesh = replace_mesh(small, sizes)
+        yield verify_mesh(on_mesh, reference, other_microbatches(on_mesh))
 
 
-def verify_mesh(config: cfg.Config, reference) -> Result:
-    """Compare a config as it is, on its mesh, with `reference(double)`: `measure` on one device."""
+def other_microbatches(config: cfg.Config) -> int:
+    """A number of microbatches that the mesh allows and that must give the same numbers; or 0."""
+    if config.model.microbatches_change_numbers:
+        return 0
+    own, stages = config.batch.microbatches, config.mesh.stage
+    for count in (1, 2, stages, 2 * stages):
+        if count != own and _allows(config, count):
+            return count
+    return 0
+
+
+def _allows(config: cfg.Config, count: int) -> bool:
+    try:
+        validate(replace_microbatches(config, count), _devices(config))
+    except cfg.UserError:
+        return False
+    return True
+
+
+def replace_microbatches(config: cfg.Config, count: int) -> cfg.Config:
+    """The config with another number of microbatches."""
+    return dataclasses.replace(config, batch=dataclasses.replace(config.batch, microbatches=count))
+
+
+def _devices(config: cfg.Config) -> int:
+    return math.prod(getattr(config.mesh, axis) for axis in cfg.AXES)
+
+
+def verify_mesh(config: cfg.Config, reference, other: int = 0) -> Result:
+    """Compare a config as it is, on its mesh, with `reference(double)`: `measure` on one device.
+
+    Then again with `other` microbatches, if that is not 0: of the first batch alone.
+    """
     sizes = {axis: size for axis in cfg.AXES if (size := getattr(config.mesh, axis)) > 1}
-    found = measure(config, False)
-    ranked = list(errors(reference(False), found))
+    ranked, bad, precision = _compare(config, reference, False)
+    if not bad and other:
+        changed = replace_microbatches(config, other)
+        more, bad, second = _compare(changed, reference, True)
+        precision = max(precision, second)  # float64 where either needs it
+        rename = lambda each: (each[0], f"{each[1]} in {other} microbatches", each[2])
+        ranked, bad = ranked + [rename(each) for each in more], bad and rename(bad)
     worst: dict[str, tuple[float, str]] = {}
     for what, name, error in ranked:
         if what not in worst or not error <= worst[what][0]:
             worst[what] = error, name
-    precision, bad = "float32", _first(ranked, "float32")
-    if bad and bad[0] != "initial":
-        precision = "float64"
-        bad = _first(errors(reference(True), measure(config, True)), "float64")
     return Result(
         mesh=",".join(f"{axis}={size}" for axis, size in sizes.items()) or "one device",
-        devices=math.prod(sizes.values()), equal=not bad, precision=precision,
+        devices=math.prod(sizes.values()),
+        microbatches=(config.batch.microbatches, *([other] if other else [])),
+        equal=not bad, precision=precision,
         errors={what: error for what, (error, _) in worst.items()},
         worst={what: name for what, (_, name) in worst.items()},
         first=f"{bad[0]} of {bad[1]} by {bad[2]:.2g} in {precision}" if bad else "",
     )  # fmt: skip
+
+
+def _compare(config: cfg.Config, reference, start_only: bool) -> tuple[list, tuple | None, str]:
+    """(errors in float32, the first that is too large or None, the precision that decided)."""
+    ranked = list(errors(reference(False), measure(config, False, start_only)))
+    bad = _first(ranked, "float32")
+    if not bad or bad[0] == "initial":
+        return ranked, bad, "float32"
+    found = measure(config, True, start_only)
+    return ranked, _first(errors(reference(True), found), "float64"), "float64"
 
 
 def _first(found: Iterable[tuple[str, str, float]], precision: str) -> tuple | None:
@@ -96,21 +142,22 @@ def _first(found: Iterable[tuple[str, str, float]], precision: str) -> tuple | N
 
 
 def errors(expected: Numbers, found: Numbers) -> Iterator[tuple[str, str, float]]:
-    """(what, name, error) of every array: |a - b| / max(|b|, FLOOR x global norm), L2 norms.
+    """(what, name, error) of every array found: |a - b| / max(|b|, FLOOR x global norm), L2 norms.
 
-    Initial values differ by 0 or by 1. AdamW divides a gradient by its own size, so that of one
-    that is rounding alone it makes a full step: there elements count whose gradient is above half
-    the root mean square of its tensor, in tensors above the floor.
+    Initial values differ by 0 or by 1. All optimizers but SGD divide a gradient by its own size, so
+    that of one that is rounding alone they make a full step: there elements count whose gradient is
+    above half the root mean square of its tensor, in tensors above the floor.
     """
     norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
-    for what, arrays in expected.items():
+    for what in found:
+        arrays = expected[what]
         total = norm([norm(b) for b in arrays.values()])
         for name, b in arrays.items():
             a = found[what][name]
             if what == "initial":
                 yield what, name, float(a.tobytes() != b.tobytes())
                 continue
-            if what.startswith("AdamW"):
+            if what.endswith("update") and what != "SGD update":
                 keep = expected["significant"][name]
                 a, b = np.where(keep, a, 0), np.where(keep, b, 0)
             if what != "significant":
@@ -118,10 +165,12 @@ def errors(expected: Numbers, found: Numbers) -> Iterator[tuple[str, str, float]
                 yield what, name, norm(a - b) / max(norm(b), floor, 1e-30)
 
 
-def measure(config: cfg.Config, double: bool) -> Numbers:
-    """What a config computes on the first devices, as many as its mesh has."""
-    sizes = [getattr(config.mesh, axis) for axis in cfg.AXES]
-    mesh, layout = open_mesh(config, jax.devices()[: math.prod(sizes)])
+def measure(config: cfg.Config, double: bool, start_only: bool = False) -> Numbers:
+    """What a config computes on the first devices, as many as its mesh has.
+
+    With `start_only` loss, metrics and gradients of the first batch alone.
+    """
+    mesh, layout = open_mesh(config, jax.devices()[: _devices(config)])
     with jax.set_mesh(mesh):
         state = create_state(config, layout, optax.identity(), mesh)
         places = {name: array.sharding for name, array in (state.params | state.fixed).items()}
@@ -133,11 +182,13 @@ def measure(config: cfg.Config, double: bool) -> Numbers:
                 layout = dataclasses.replace(layout, compute="float64", reduce="float64")
             put = lambda names: {n: jax.device_put(start[n], places[n]) for n in names}
             state = State(state.step, put(state.params), put(state.fixed), ())
+            if start_only:
+                return _at_start(*_gradients(config, layout, mesh)(state, 0)[:3])
             return {"initial": initial} | _steps(config, layout, mesh, state)
 
 
-def _steps(config: cfg.Config, layout: Layout, mesh, start: State) -> Numbers:
-    """Gradients at the start, then three updates of each optimizer."""
+def _gradients(config: cfg.Config, layout: Layout, mesh):
+    """(state, number of the batch) -> gradients, metrics with the loss, their norm, new `fixed`."""
     structure = model_structure(config.model, layout)
     shardings = batch_shardings(config, layout, mesh)
     batches = [
@@ -153,8 +204,24 @@ def _steps(config: cfg.Config, layout: Layout, mesh, start: State) -> Numbers:
         metrics = {"loss": loss / weight, **mean(aux)}
         return mean(grads), metrics, optim.global_norm(mean(grads)), fixed
 
+    return lambda state, number: gradients(state, batches[number])
+
+
+def _at_start(grads: dict, metrics: dict, norm: jax.Array) -> Numbers:
+    """What one call of `_gradients` found."""
+    return {
+        "loss": {"loss": np.asarray(metrics["loss"])},
+        "gradient": {name: np.asarray(g) for name, g in grads.items()},
+        "gradient norm": {"all gradients": np.asarray(norm)},
+        "metric": {name: np.asarray(v) for name, v in metrics.items() if name != "loss"},
+    }
+
+
+def _steps(config: cfg.Config, layout: Layout, mesh, start: State) -> Numbers:
+    """Gradients at the start, then three updates of each optimizer."""
+    gradients = _gradients(config, layout, mesh)
     found: Numbers = {}
-    for kind, optimizer in _optimizers(config, structure.dims).items():
+    for kind, optimizer in _optimizers(config, model_structure(config.model, layout).dims).items():
 
         @functools.partial(jax.jit, compiler_options=FAST)
         def advance(state: State, grads, fixed, optimizer=optimizer):
@@ -163,14 +230,12 @@ def _steps(config: cfg.Config, layout: Layout, mesh, start: State) -> Numbers:
             return updates, State(state.step + 1, params, fixed, opt)
 
         state = dataclasses.replace(start, opt=jax.jit(optimizer.init)(start.params))
-        for step, batch in enumerate(batches):
-            grads, aux, norm, fixed = gradients(state, batch)
+        for step in range(STEPS):
+            grads, aux, norm, fixed = gradients(state, step)
             host = {name: np.asarray(g) for name, g in grads.items()}
             if not found:
-                found = {"loss": {"loss": np.asarray(aux.pop("loss"))}, "gradient": host}
-                found["gradient norm"] = {"all gradients": np.asarray(norm)}
-                found["metric"] = {name: np.asarray(value) for name, value in aux.items()}
-            if kind == "AdamW":
+                found = _at_start(grads, aux, norm)
+            if kind != "SGD":
                 found["significant"] = _significant(host, found.get("significant"))
             changed = [n.removeprefix(UPDATE) for n in aux if n.startswith(UPDATE)]
             found["fixed"] = {
@@ -180,9 +245,9 @@ def _steps(config: cfg.Config, layout: Layout, mesh, start: State) -> Numbers:
             found[f"{kind} update"] = {
                 f"{name}, step {step}": np.asarray(update) for name, update in updates.items()
             } | found.get(f"{kind} update", {})
-    keep = found["significant"]
+    keep = found["significant"]  # of the last kind
     found["significant"] = {
-        name: keep[name.rpartition(", step ")[0]] for name in found["AdamW update"]
+        name: keep[name.rpartition(", step ")[0]] for name in found[f"{kind} update"]
     }
     return found
 
@@ -199,10 +264,12 @@ def _significant(grads: dict[str, np.ndarray], before: dict | None) -> dict[str,
 
 
 def _optimizers(config: cfg.Config, dims: dict[str, str]) -> dict[str, Any]:
-    adamw = dataclasses.replace(
-        config.optimizer, name="adamw", schedule="constant", warmup_steps=0, learning_rate=1e-3
+    """SGD, whose updates are the gradients, and the config's own."""
+    own = dataclasses.replace(
+        config.optimizer, schedule="constant", warmup_steps=0, learning_rate=1e-3
     )
-    return {"SGD": optax.sgd(0.1), "AdamW": optim.make_optimizer(adamw, STEPS, dims)}
+    kind = OPTIMIZERS[own.name]
+    return {"SGD": optax.sgd(0.1), kind: optim.make_optimizer(own, STEPS, dims)}
 
 
 def unlike(name: str, initial: np.ndarray) -> np.ndarray:
@@ -233,89 +300,6 @@ def make_batch(config: cfg.Config, layout: Layout, step: int) -> dict[str, np.nd
                 made[name][row, cuts[-1] :] = 0
     order = sequence_order(layout, S)
     return {name: array[:, order] for name, array in made.items()}
-
-
-# The small config.
-
-
-def replace_mesh(config: cfg.Config, sizes: Sizes) -> cfg.Config:
-    """The config on another mesh; `dcn` stays where the mesh still has its factors."""
-    dcn = {a: n for a, n in config.mesh.dcn.items() if sizes.get(a, 1) % n == 0}
-    every = {axis: sizes.get(axis, 1) for axis in cfg.AXES}
-    mesh = dataclasses.replace(cfg.Mesh(), dcn=dcn, **every)
-    pipeline = config.pipeline if mesh.stage > 1 else cfg.Pipeline()
-    return dataclasses.replace(config, mesh=mesh, pipeline=pipeline)
-
-
-def own_mesh(config: cfg.Config) -> Sizes:
-    """The config's mesh, with -1 filled up to 8 devices; a large mesh has axes of 2."""
-    fill = max(1, 8 // math.prod(max(1, getattr(config.mesh, a)) for a in cfg.AXES))
-    sizes = {axis: getattr(config.mesh, axis) for axis in cfg.AXES}
-    sizes = {axis: fill if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) > LARGEST:
-        sizes = {axis: min(size, 2) for axis, size in sizes.items()}
-    return sizes
-
-
-def shrink(config: cfg.Config, meshes: Sequence[Sizes]) -> cfg.Config:
-    """The config in float32 with the smallest sizes that all the meshes divide."""
-    for sizes in meshes:
-        validate(replace_mesh(config, sizes), math.prod(sizes.values()))
-    unit = functools.partial(_unit, config, meshes)
-    m, b = config.model, config.batch
-    microbatches = min(b.microbatches, 2 * max(sizes.get("stage", 1) for sizes in meshes))
-    chunks = min(config.loss.chunks, 4)
-    length = math.lcm(2 * unit("seq"), unit("residual_seq"), unit("seq") * chunks)
-    length *= -(-32 // length)
-    multiple = math.lcm(unit("vocab"), 8)
-    fields = {field.name for field in dataclasses.fields(m)}
-    width = math.lcm(unit("embed") * unit("layers"), unit("norm"), 16)  # generation: over both
-    embed = width * -(-32 // width)
-    head = math.lcm(unit("head_dim"), 8)
-    smaller = dict(
-        num_layers=_layers(config, meshes), embed_dim=embed, head_dim=head,
-        mlp_dim=math.lcm(unit("mlp"), 16) * 3, vocab_multiple=multiple,
-        vocab_size=multiple * max(2, -(-64 // multiple)) - 3,
-        init_std=m.init_std * math.sqrt(max(1.0, m.embed_dim / embed)),
-        sliding_window=min(m.sliding_window, length // 3),
-    )  # fmt: skip
-    for name in ("expert_mlp_dim", "shared_expert_dim"):
-        if vars(m).get(name):
-            smaller[name] = math.lcm(unit("mlp"), 16)
-    if "max_positions" in fields:
-        smaller["max_positions"] = math.lcm(length, unit("positions"))
-    kernels = config.attention.backend in ("splash", "cudnn")
-    whole = config.attention.backend == "xla" or (
-        config.attention.backend == "auto" and b.sequence_length <= SHORT
-    )
-    sequences = math.lcm(unit("batch"), 2) * microbatches
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(m, **smaller),
-        batch=cfg.Batch(
-            sequences=sequences, sequence_length=length, microbatches=microbatches
-        ),
-        attention=dataclasses.replace(
-            config.attention, backend="xla" if whole and not kernels else "chunked",
-            chunk=max(1, length // 4),
-        ),
-        precision=cfg.Precision(compute="float32"),
-        loss=dataclasses.replace(config.loss, chunks=chunks),
-        sample=cfg.Sample(),
-    )  # fmt: skip
-
-
-def _unit(config: cfg.Config, meshes: Sequence[Sizes], dim: str) -> int:
-    """What a dimension must be a multiple of, in use and at rest, on every mesh."""
-    axes = (cfg.RULES | config.rules).get(dim, ()), (cfg.STORAGE | config.storage).get(dim, ())
-    count = lambda sizes: math.prod(sizes.get(axis, 1) for axis in {*axes[0], *axes[1]})
-    return math.lcm(*(count(sizes) for sizes in meshes))
-
-
-def _layers(config: cfg.Config, meshes: Sequence[Sizes]) -> int:
-    """At least two layers, and as many as the stages take."""
-    unit = _unit(config, meshes, "layers") * config.pipeline.repeats
-    return unit * (1 if unit > 1 else min(2, config.model.num_layers))
 
 
 # The command.
@@ -365,7 +349,12 @@ def run(config: cfg.Config, meshes: Sequence[Sizes], as_json: bool) -> bool:
 
 
 def _print_table(results: list[Result]) -> None:
-    table = Table("mesh", "devices", title="largest relative difference to one device, float32")
+    table = Table(
+        "mesh",
+        "devices",
+        "microbatches",
+        title="largest relative difference to one device, float32",
+    )
     kinds = [kind for kind in results[0].errors if kind != "initial"]
     for kind in ("initial values", *kinds, "verdict"):
         table.add_column(kind)
@@ -375,7 +364,8 @@ def _print_table(results: list[Result]) -> None:
         if r.precision == "float64" and r.equal:
             verdict += " (float64: below 1e-9)"
         shown = [f"{r.errors[kind]:.1e}" for kind in kinds]
-        table.add_row(r.mesh, str(r.devices), initial, *shown, verdict)
+        counts = " and ".join(map(str, r.microbatches))
+        table.add_row(r.mesh, str(r.devices), counts, initial, *shown, verdict)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     for r in results:

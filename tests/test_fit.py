@@ -28,7 +28,7 @@ def figures(config) -> tuple[float, float]:
 
 def measure(config) -> dict:
     peak, seconds = figures(config)
-    return {"peak_bytes": peak, "step_seconds": seconds}
+    return {"peak_bytes": peak, "step_seconds": seconds, "refused": None}
 
 
 @pytest.fixture
@@ -90,3 +90,13 @@ def test_what_fits_is_made_smaller(limit):
     limit(1e9)
     edits = fit.propose(load(), TARGET, measure, figures)
     assert edits and all(edit.peak_bytes < figures(load())[0] for edit in edits)
+
+
+def test_what_the_compiler_refuses_does_not_fit_whatever_its_peak(limit):
+    """Neither as it is, nor as an edit: it leaves less than the device has."""
+    limit(1e9)
+    refused = lambda config: measure(config) | {"refused": {"needed_bytes": 1}}
+    assert fit.propose(load(), TARGET, refused, figures) == []
+    first = lambda config: (measure if config.mesh.fsdp > 1 else refused)(config)
+    edits = fit.propose(load(), TARGET, first, figures)
+    assert edits and all("mesh.fsdp=2" in edit.overrides for edit in edits)

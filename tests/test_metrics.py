@@ -1,5 +1,6 @@
 """What a run tells: its files, its progress line, and the loggers that are extras."""
 
+import io
 import json
 import math
 import types
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxlm import configfile, metrics
+from jaxlm import configfile, lint, metrics, train
 from jaxlm.attention.xla import visible, visible_pairs
 from jaxlm.config import UserError
 from jaxlm.devices import kind, launcher
 from jaxlm.models import layer_windows, llama
+from jaxlm.plan import estimate
 from jaxlm.plan.estimate import structure_of
 from jaxlm.state import model_structure, open_mesh
 
@@ -61,6 +63,51 @@ def test_files_that_cannot_be_written_are_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n')
     with metrics.open_log(config, structure, mesh, tmp_path, start=1):
         assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n'
+
+
+def test_what_only_informs_does_not_end_a_run(data, tmp_path, monkeypatch, caplog):
+    def fault(*_):
+        raise KeyError("planted\nhere")
+
+    for module, names in {
+        estimate: ["predict"], lint: ["warnings"],
+        metrics: ["describe_run", "flops_per_token", "_duration", "comparison", "closing_words"],
+    }.items():  # fmt: skip
+        for name in names:
+            monkeypatch.setattr(module, name, fault)
+    where = [f"data.path={data}", f"run.dir={tmp_path}/run", "mesh.fsdp=8", "steps=2"]
+    train.train(tiny.config("llama", *where, "eval.every=0", "checkpoint.every=2"))
+    assert [message for message in caplog.messages if "planted" in message] == [
+        f"warning: {what}: KeyError: 'planted\\nhere'"
+        for what in (
+            "plan: no prediction", "no MFU", "the run is not described",
+            "costly settings are not named", "no line of progress", "no line of progress",
+            "plan: no comparison with the run", "no closing words",
+        )
+    ]  # fmt: skip
+    assert sorted(tiny.losses(tmp_path / "run")) == [1, 2]
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    for kind_ in (KeyboardInterrupt, BrokenPipeError):
+        with pytest.raises(kind_), metrics.only_informs("nothing"):
+            raise kind_
+
+
+def test_a_sample_that_the_terminal_cannot_show_is_kept(tmp_path, monkeypatch, caplog):
+    config = tiny.config("llama")
+    mesh, structure = open_run(config)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    with metrics.open_log(config, structure, mesh, tmp_path, start=0) as log:
+        log.samples(1, [("a", "\u00e9")])
+    assert "warning: no sample is shown: UnicodeEncodeError" in caplog.text
+    assert tiny.records(tmp_path, "samples.jsonl") == [{"step": 1, "prompt": "a", "text": "\u00e9"}]
+
+
+def test_a_run_longer_than_the_calendar_has_no_end():
+    config = tiny.config("llama", "steps=2147483647")
+    mesh, structure = open_run(config)
+    record = {"step": 1, **values(1.0), "tokens_per_second": 1.0, "step_seconds": 200.0}
+    line = metrics.describer(config, structure, mesh)(record)
+    assert line.endswith(" left 119304647:00:00")
 
 
 def test_only_every_kth_step_is_logged_and_pauses_do_not_count(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -9,10 +10,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from jaxlm import cli, configfile, metrics, train
 from jaxlm import config as cfg
-from jaxlm.plan import cache, calibrate, command, compiled, estimate, page, plan, report, units
+from jaxlm.plan import (
+    cache,
+    calibrate,
+    command,
+    compiled,
+    estimate,
+    page,
+    plan,
+    report,
+    roofline,
+    units,
+)
 from jaxlm.plan.target import AbsentDevice, local_target, parse_target
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -23,9 +36,10 @@ def load(tmp_path, *overrides: str) -> cfg.Config:
     return configfile.load(TINY, [f"plan.cache={tmp_path}/cache", *overrides])
 
 
-def jaxlm(*arguments: str) -> subprocess.CompletedProcess:
+def jaxlm(*arguments, **variables: str) -> subprocess.CompletedProcess:
     """The command in a process of its own, as users start it."""
-    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent.parent)} | variables
+    environment = {name: value for name, value in environment.items() if value}
     command_ = [sys.executable, "-m", "jaxlm", *map(str, arguments)]
     return subprocess.run(command_, env=environment, capture_output=True, text=True)
 
@@ -38,9 +52,13 @@ def run(tmp_path_factory, data):
     """A plan, the same again, and the run that it was for."""
     folder = tmp_path_factory.mktemp("plan")
     overrides = ["mesh.fsdp=-1", f"plan.cache={folder}/cache", f"data.path={data}", "log.every=2"]
-    first = jaxlm("plan", TINY, "target=cpu:8", "--json", "--html", folder / "p.html", *overrides)
+    own = {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": ""}
+    first = jaxlm(
+        "plan", TINY, "target=cpu:8", "--json", "--html", folder / "p.html", *overrides, **own
+    )
     again = jaxlm("plan", TINY, "target=cpu:8", "mesh.fsdp=8", "--json", *overrides[1:])
-    trained = jaxlm("train", TINY, f"run.dir={folder}/run", "devices.simulate=8", *overrides)
+    train = ["train", TINY, "devices.simulate=8", *overrides]
+    trained = jaxlm(*train, f"run.dir={folder}/run", **own)
     assert trained.returncode == 0, trained.stderr
     return folder, first, again, trained
 
@@ -76,9 +94,17 @@ def test_a_repeated_plan_comes_from_the_cache(run):
 
 def test_train_loads_what_plan_compiled(run):
     folder, _, _, trained = run
-    assert f"the train step comes from plan.cache={folder}/cache, compiled" in trained.stdout
-    step = re.search(r"step 20/20 loss (\S+)|step 20  validation loss (\S+)", trained.stdout)
-    assert step and float(step[1] or step[2]) < 4
+    assert f"a program is loaded from {folder}/jaxlm/programs (saves" in trained.stdout
+    assert not trained.stderr
+    assert list(folder.glob("jaxlm/programs/jit_train_step-*-cache"))
+
+
+def test_a_loaded_program_trains_as_a_compiled_one(run, data):
+    folder, *_ = run
+    config = configfile.load(folder / "run" / "config.yaml")
+    found = {r["step"]: r["loss"] for r in tiny.records(folder / "run") if "loss" in r}
+    losses, *_ = tiny.run(config, 8)
+    assert found and all(losses[step - 1] == loss for step, loss in found.items())
 
 
 def test_a_run_records_prediction_and_measurement(run):
@@ -281,6 +307,29 @@ def test_out_of_memory_ends_with_edits(tmp_path, monkeypatch, capsys):
     assert f"jaxlm plan {TINY} --fit mesh.fsdp=8" in said and "target=cpu:8" in said
     assert started[0][1:5] == ["-m", "jaxlm", "plan", str(TINY)]
     assert "batch.microbatches" in said  # where the planner has no answer
+
+
+def test_a_fault_in_the_advice_hides_nothing(tmp_path, monkeypatch, capsys, caplog):
+    def full(config):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 17 GB of 16 GB")
+
+    def fault(_):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(train, "train", full)
+    monkeypatch.setattr(command, "_advise", fault)
+    assert cli.main(["train", str(TINY), "mesh.fsdp=8", f"plan.cache={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said == "jaxlm: out of memory: RESOURCE_EXHAUSTED: 17 GB of 16 GB\n"
+    assert "edits that fit are not looked for: OSError: [Errno 12] Cannot allo" in caplog.text
+
+
+def test_rates_that_cannot_be_are_not_used(tmp_path):
+    path = tmp_path / "efficiencies.json"
+    for value in (0.5, 0, -1, math.nan, "x", math.inf):
+        rate = {"value": value, "origin": "?"}
+        path.write_text(json.dumps({"TPU v5e": {"matmuls": rate, "overhead": rate | {"value": 0}}}))
+        assert bool(roofline.load(path)) == (value == 0.5)
 
 
 def test_measurements_leave_the_compile_out():

@@ -121,7 +121,8 @@ def test_a_compile_that_fails_is_marked_and_the_search_goes_on():
         if config.mesh.fsdp == 1:
             raise CompileError("target=v5e: the compiler crashed (signal 11)")
         peak = {2: 99.0}.get(config.mesh.fsdp, 5.0)  # the second does not fit after all
-        return {"step_seconds": 20.0 - config.mesh.fsdp, "peak_bytes": peak, "limit": "x"}
+        known = {"peak_bytes": peak, "limit": "x", "refused": None}
+        return known | {"step_seconds": 20.0 - config.mesh.fsdp}
 
     found = search.compile_best(search.Search(6, 0, ranked), 2, 50.0, measure, said.append)
     assert asked == [1, 2, 4, 8]  # until two fit
@@ -129,6 +130,18 @@ def test_a_compile_that_fails_is_marked_and_the_search_goes_on():
     assert [c.fits for c in found.ranked] == [True, True, False, False, True, True]
     assert "signal 11" in found.ranked[3].failure and len(said) == 4 and "signal 11" in said[0]
     assert search.chosen(found) is found.ranked[0]
+
+
+def test_what_the_compiler_refuses_does_not_fit_and_the_search_goes_on():
+    ranked, said = [candidate(1.0 + n, 10.0 - n, 2**n) for n in range(3)], []
+
+    def measure(config):
+        refused = {"needed_bytes": 5.0} if config.mesh.fsdp == 1 else None
+        return {"step_seconds": 2.0, "peak_bytes": 5.0, "limit": "x", "refused": refused}
+
+    found = search.compile_best(search.Search(3, 0, ranked), 1, 50.0, measure, said.append)
+    assert [(c.sizes["fsdp"], c.fits) for c in found.ranked] == [(2, True), (1, False), (4, True)]
+    assert "does not fit" in said[0] and search.chosen(found).sizes["fsdp"] == 2
 
 
 def test_at_most_twice_as_many_are_compiled():
@@ -201,6 +214,39 @@ def test_a_chosen_mesh_is_remembered(tmp_path, monkeypatch):
     assert kept.mesh == run.mesh
     with pytest.raises(pytest.fail.Exception, match="asked again"):  # other devices: anew
         search.settle_run(config, parse_target("cpu:4").absent_devices())
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        b"\x80\x04.", b"[]", b"{}", b'{"settings": 1, "why": "x"}',
+        b'{"settings": {"mesh": {"fsdp": 3}, "remat": {"policy": "none", "names": [], '
+        b'"offload": []}, "microbatches": 1, "chunks": 1}, "why": "x"}',
+        b'{"settings": {"mesh": {"fsdp": "8"}, "remat": {"policy": "none", "names": [], '
+        b'"offload": []}, "microbatches": 1, "chunks": 1}, "why": "x"}',
+    ],
+)  # fmt: skip
+def test_a_strange_memory_of_a_mesh_is_not_used(tmp_path, monkeypatch, planted):
+    config = configfile.load(TINY, ["mesh=auto", f"plan.cache={tmp_path}"])
+    target = parse_target("cpu:8")
+    monkeypatch.setattr(estimate, "make_estimator", lambda *_: formulas)
+    monkeypatch.setattr(estimate, "memory_limit", lambda _: 1e12)
+    first, _ = search.choose_mesh(config, target)
+    [path] = tmp_path.glob("mesh-*.json")
+    path.write_bytes(planted)
+    again, why = search.choose_mesh(config, target)
+    assert again == first and "plan.cache" not in why
+
+
+def test_formulas_that_fail_leave_the_mesh_to_the_user(tmp_path, monkeypatch):
+    def fault(*_):
+        raise KeyError("a new optimizer")
+
+    monkeypatch.setattr(estimate, "make_estimator", fault)
+    keys = ["mesh=auto", f"plan.cache={tmp_path}/cache", f"run.dir={tmp_path}/run"]
+    message = "mesh=auto: no mesh can be chosen: KeyError: 'a new optimizer'; give its axes"
+    with pytest.raises(cfg.UserError, match=message):
+        search.settle_run(configfile.load(TINY, keys), parse_target("cpu:8").absent_devices())
 
 
 def test_auto_changes_other_settings_only_where_it_must(tmp_path, monkeypatch):

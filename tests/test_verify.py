@@ -5,10 +5,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import local_global
 import pytest
 import tiny
 
-from jaxlm import cli, configfile, optim, sharding, train, verify
+from jaxlm import cli, configfile, optim, sharding, shrink, train, verify
 from jaxlm.attention import ring
 from jaxlm.config import AXES
 from jaxlm.models import layers
@@ -204,6 +205,120 @@ def test_every_config_shrinks_and_keeps_its_structure(name):
         assert getattr(small.model, field) == getattr(full.model, field)
     for field in ("remat", "rules", "storage", "gather_at"):
         assert getattr(small, field) == getattr(full, field)
+
+
+PATTERNS = {  # layers, keys, mesh: layers of the small config, and its groups as (blocks, repeats)
+    "whole and a rest": (14, {}, {"data": 2}, 14, [(6, 2), (2, 1)]),
+    "many and a rest": (62, {}, {"data": 2}, 14, [(6, 2), (2, 1)]),
+    "many": (48, {}, {"data": 2}, 12, [(6, 2)]),
+    "one": (6, {}, {"data": 2}, 6, [(6, 1)]),
+    "on stages": (48, {}, {"stage": 4}, 24, [(6, 4)]),
+    "after dense layers": (27, {"dense_layers": 3}, {"data": 2}, 15, [(1, 3), (6, 2)]),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_kind_of_block_is_kept(name, monkeypatch):
+    """The fewest layers with all patterns whole, repeated where they were, in the same order."""
+    layers, keys, mesh, fewest, groups = PATTERNS[name]
+    local_global.register(monkeypatch)
+    base = tiny.config("llama", "batch.sequence_length=1024", "model.sliding_window=512")
+    full = local_global.config(base, num_layers=layers, **keys)
+    small = shrink.shrink(full, [mesh])
+    kinds = lambda model: {block for pattern, _ in local_global.groups(model) for block in pattern}
+    assert kinds(small.model) == kinds(full.model) == {local_global.Local, local_global.Global}
+    assert small.model.num_layers == fewest
+    assert [(len(pattern), r) for pattern, r in local_global.groups(small.model)] == groups
+    assert 1 < small.model.sliding_window < small.batch.sequence_length
+
+
+def test_what_depends_on_a_size_still_happens():
+    """Windows, soft caps, stretched wavelengths, full experts and Adafactor's means."""
+    keys = ["model.attention_softcap=50", "model.logit_softcap=30", "model.rope_scaling=llama3"]
+    small = lambda *key: shrink.shrink(tiny.config(*key), [{"data": 2}])
+    model = small("llama", *keys, "optimizer.name=adafactor").model
+    assert model.attention_softcap == model.logit_softcap == 1
+    assert min(model.embed_dim, model.mlp_dim) >= optim.MIN_FACTORED
+    length = 2 * jnp.pi / jnp.array(layers.rotary_frequencies(model.head_dim, model.rope_theta))
+    assert (length < model.rope_original_length / model.rope_high_freq_factor).any()
+    assert (length > model.rope_original_length / model.rope_low_freq_factor).any()
+    window = lambda size, *more: small("llama", f"model.sliding_window={size}", *more)
+    assert window(1024, "batch.sequence_length=4096").model.sliding_window == 10
+    wide = window(4096, "batch.sequence_length=4096")  # it hides nothing
+    assert wide.model.sliding_window == wide.batch.sequence_length
+    assert window(0).model.sliding_window == 0
+    full = small("mixtral", "model.dispatch=capacity", "model.capacity_factor=4.0")
+    assert full.model.capacity_factor == 1  # the even share: whatever is uneven is dropped
+
+
+def test_a_mistake_in_the_last_block_of_a_pattern_is_caught(monkeypatch):
+    """Not the first block, which alone was compared where a pattern was cut."""
+    local_global.register(monkeypatch)
+    base = tiny.config("llama", "batch.sequence_length=1024", "model.sliding_window=512")
+    full = local_global.config(base, num_layers=7, locals_per_global=1)
+    small = shrink.shrink(full, [{"data": 2}])
+    one, on_mesh = (verify.replace_mesh(small, sizes) for sizes in ({}, {"data": 2}))
+    expected = functools.cache(lambda double: verify.measure(one, double))
+    assert verify.verify_mesh(on_mesh, expected).equal
+    true = local_global.Global.__call__
+
+    def wrong(self, x_BSD, *rest):
+        factor = 1.01 if jax.sharding.get_abstract_mesh().size > 1 else 1.0
+        return true(self, x_BSD * factor, *rest)
+
+    expected(True)  # without the mistake
+    monkeypatch.setattr(local_global.Global, "__call__", wrong)
+    result = verify.verify_mesh(on_mesh, expected)
+    assert not result.equal and result.first.startswith("loss of loss")
+
+
+def test_another_number_of_microbatches_is_tried(monkeypatch):
+    """A mistake that the config's own number does not show."""
+    true = train.split_batch
+
+    def wrong(batch, count):
+        parts, many = true(batch, count), jax.sharding.get_abstract_mesh().size > 1
+        return parts | ({"targets": parts["tokens"]} if many else {})
+
+    monkeypatch.setattr(train, "split_batch", wrong)
+    (result,) = verify.verify_layout(tiny.config("llama"), [{"data": 2}])
+    assert result.microbatches == (1, 2) and not result.equal
+    assert result.first.startswith("loss of loss in 2 microbatches")
+
+
+def test_experts_without_a_balance_loss_are_the_same_in_all_microbatches():
+    key = "mixtral", "model.balance=none", "model.router_z_loss=0.1"
+    on_mesh = verify.replace_mesh(tiny.config(*key), {"data": 2})
+    result = verify.verify_mesh(on_mesh, reference(*key), 2)
+    assert result.equal and result.microbatches == (1, 2), result.first
+    assert {"metric", "gradient"} <= result.errors.keys()
+
+
+def test_numbers_of_microbatches_that_are_tried():
+    """What the mesh allows, and nothing where the number is known to change losses."""
+    other = lambda *key: verify.other_microbatches(tiny.config(*key))
+    assert other("llama") == 2 and other("llama", "batch.microbatches=2") == 1
+    interleaved = ["model.num_layers=4", "mesh.stage=2", "pipeline.repeats=2"]
+    assert other("llama", "batch.microbatches=2", *interleaved) == 4
+    assert other("llama", "batch.sequences=1") == 0  # nothing to split
+    assert other("mixtral") == 0 and other("mixtral", "model.balance=none") == 2
+
+
+def test_the_optimizer_of_the_config_is_compared(monkeypatch):
+    true = optim._orthogonalize_group
+
+    def wrong(x, *axes):
+        return true(x, *axes) * jax.sharding.get_abstract_mesh().size
+
+    config = tiny.config("llama", "optimizer.name=muon")
+    reference = verify.measure(config, False)
+    monkeypatch.setattr(optim, "_orthogonalize_group", wrong)
+    on_mesh = verify.replace_mesh(config, {"fsdp": 2})
+    found = verify.measure(on_mesh, False)
+    worst: dict = {}
+    for what, _, error in verify.errors(reference, found):
+        worst[what] = max(error, worst.get(what, 0.0))
+    assert worst["SGD update"] < 1e-5 and worst["Muon update"] > 0.5
 
 
 def test_a_large_mesh_still_divides_the_small_config():

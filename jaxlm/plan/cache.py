@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import config as cfg
-from jaxlm import configfile
+from jaxlm import configfile, programs
 from jaxlm.plan.target import Target
 from jaxlm.validate import resolve_mesh
 
@@ -25,10 +25,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "ja
 
 def directory(config: cfg.Config) -> Path:
     """Where results are kept: plan.cache, or jaxlm's part of the user's cache."""
-    if config.plan.cache:
-        return Path(config.plan.cache).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "jaxlm"
+    return Path(config.plan.cache).expanduser() if config.plan.cache else programs.user_cache()
 
 
 def settled(config: cfg.Config, target: Target) -> cfg.Config:
@@ -90,34 +87,20 @@ def _source() -> str:
 
 def read(config: cfg.Config, name: str) -> dict | None:
     """A kept result; None where there is none, or where its file is damaged."""
-    data = read_bytes(config, f"{name}.json")
     try:
-        found = json.loads(data) if data is not None else None
-    except ValueError:
-        found = None
+        found = json.loads((directory(config) / f"{name}.json").read_bytes())
+    except (OSError, ValueError):
+        return None
     return found if isinstance(found, dict) else None
 
 
 def write(config: cfg.Config, name: str, result: dict) -> None:
-    """Keep a result."""
-    write_bytes(config, f"{name}.json", json.dumps(result).encode())
-
-
-def read_bytes(config: cfg.Config, name: str) -> bytes | None:
-    """The bytes of a file of the cache; None where there is none."""
-    try:
-        return (directory(config) / name).read_bytes()
-    except OSError:
-        return None
-
-
-def write_bytes(config: cfg.Config, name: str, data: bytes) -> None:
     """Write a file whole or not at all: others may read and write it at the same time."""
-    folder = directory(config)
+    folder, file = directory(config), f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as own:
-            Path(own, name).write_bytes(data)
-            os.replace(Path(own, name), folder / name)
+            Path(own, file).write_text(json.dumps(result))
+            os.replace(Path(own, file), folder / file)
     except OSError as error:  # a plan is worth showing all the same
         logger.warning("plan.cache=%s: results are not kept: %s", folder, error.strerror)

@@ -159,10 +159,14 @@ def _fit(args, config: cfg.Config, target) -> int:
 
     edits = fit.propose(config, target, lambda one: plan.measure_seconds(one, target), guess)
     if args.json:
-        print(json.dumps({"largest": result["largest"], "edits": [fit.to_dict(e) for e in edits]}))
+        found = {key: result[key] for key in ("refused", "largest")}
+        print(json.dumps(found | {"edits": [fit.to_dict(edit) for edit in edits]}))
         return 0 if edits else 1
     console = _console()
-    report.show_table(console, report.largest(result["largest"]))
+    for line in plan.refusal_lines(result):
+        console.print(line, markup=False, soft_wrap=True)
+    if result["largest"]:
+        report.show_table(console, report.largest(result["largest"]))
     for edit in edits:
         console.print(fit.describe(edit), soft_wrap=True)
     return 0 if edits else 1
@@ -175,11 +179,18 @@ def advise(config: str, overrides: Sequence[str]) -> None:
     """
     import jax
 
+    from jaxlm import metrics
+
+    if jax.process_index() == 0:
+        with metrics.only_informs("edits that fit are not looked for"):
+            _advise(["plan", config, "--fit", *overrides])
+
+
+def _advise(arguments: list[str]) -> None:
+    import jax
+
     from jaxlm.plan.target import local_target
 
-    arguments = ["plan", config, "--fit", *overrides]
-    if jax.process_index():
-        return
     try:
         arguments.append(f"target={local_target(jax.devices()).text}")
     except cfg.UserError as error:

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config as cfg
-from jaxlm import configfile
-from jaxlm.plan import cache, cost, executables, hlo
+from jaxlm import configfile, programs
+from jaxlm.plan import cache, cost, hlo, overflow
 from jaxlm.plan.account import account
 from jaxlm.plan.collectives import find_collectives, summarize
 from jaxlm.plan.liveness import largest, split_memory
@@ -60,20 +60,26 @@ def trace_train_step(config: cfg.Config, program: Program) -> jax.stages.Traced:
 def report(config: cfg.Config, name: str) -> dict[str, Any]:
     """Compile for a target: its cost, what it holds, and the times that tracing and compiling took.
 
-    Bytes of collectives are results; once, and in a step.
+    Bytes of collectives are results; once, and in a step. "refused" is what a compiler says that
+    stops at a program that does not fit: the rest is then read from the program that it refused.
     """
     target = parse_target(name)
     program = make_program(config, target.devices())
     start = time.monotonic()
     lowered = trace_train_step(config, program).lower()
     traced = time.monotonic()
-    compiled = lowered.compile(GPU_OPTIONS if target.platform == "gpu" else None)
+    refused = None
+    try:
+        compiled = lowered.compile(GPU_OPTIONS if target.platform == "gpu" else None)
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        refused, memory, text = overflow.explain(lowered, error)
     done = time.monotonic()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
-    unkept = executables.save(config, target, compiled)
-    module = hlo.parse(text)
-    found, buffers = read_cost(config, program, target, memory, module)
+    module = hlo.parse(text) if text else None
+    found, buffers = None, []
+    if module is not None:
+        found, buffers = read_cost(config, program, target, memory, module)
     return {
         "target": name,
         "devices": program.mesh.size,
@@ -83,10 +89,11 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
         "peak_bytes": memory.peak_memory_in_bytes,
         "state_and_batch_bytes": memory.argument_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,  # beside the peak
-        "collectives": summarize(find_collectives(module), program.layout),
-        "cost": cost.to_json(found),
-        "warnings": [unkept] if unkept else [],
+        "collectives": summarize(find_collectives(module), program.layout) if module else {},
+        "cost": cost.to_json(found) if found else None,
+        "warnings": [],
         "largest": buffers,
+        "refused": refused._asdict() if refused else None,
     }
 
 
@@ -122,7 +129,8 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
     if done.returncode:
         raise CompileError(_last_words(done, target))
     found = json.loads(done.stdout.splitlines()[-1])
-    found["warnings"] += [line for line in done.stderr.splitlines() if SURFACED in line]
+    surfaced = [line for line in done.stderr.splitlines() if SURFACED in line]
+    found["warnings"] += dict.fromkeys(surfaced)  # a refused program was compiled twice
     cache.write(config, name, found)
     return found | {"cached": False}
 
@@ -169,6 +177,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("jaxlm").setLevel(logging.INFO)
     try:
+        if parse_target(args.target).platform == "cpu":
+            programs.keep()  # `train` loads it
+        else:  # compilers of absent devices cannot read what they kept
+            jax.config.update("jax_enable_compilation_cache", False)
         print(json.dumps(report(configfile.load(args.config, args.overrides), args.target)))
     except cfg.UserError as error:
         print(f"jaxlm: {error}", file=sys.stderr)

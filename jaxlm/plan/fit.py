@@ -88,7 +88,8 @@ def propose(
     """
     before = measure(config)
     limit = estimate.memory_limit(target) * config.plan.memory or math.inf
-    if before["peak_bytes"] <= limit:
+    fits = lambda result: not result["refused"] and result["peak_bytes"] <= limit
+    if fits(before):
         limit = 0.99 * before["peak_bytes"]
     ratio = before["peak_bytes"] / guess(config)[0]  # what the formulas miss of this model
     ranked = []
@@ -101,7 +102,7 @@ def propose(
             after = measure(edited)
         except CompileError:
             continue
-        if after["peak_bytes"] <= limit:
+        if fits(after):
             confirmed.append(Edit(
                 overrides(edit), after["peak_bytes"], after["step_seconds"], before["step_seconds"]
             ))  # fmt: skip

@@ -10,6 +10,7 @@ from jaxlm import config as cfg
 from jaxlm import lint, metrics
 from jaxlm.plan import compiled, cost, estimate, roofline
 from jaxlm.plan.cost import Cost
+from jaxlm.plan.liveness import UNEXPLAINED
 from jaxlm.plan.target import Target
 from jaxlm.sharding import make_mesh
 from jaxlm.state import Structure
@@ -26,6 +27,7 @@ class Plan:
     structure: Structure
     method: str  # "analytic" or "compiled"
     cost: Cost
+    formulas: float  # peak bytes by formulas
     time: roofline.Time
     attention: str  # backend
     attention_reason: str  # why that one
@@ -34,6 +36,7 @@ class Plan:
     compile_seconds: float = 0.0
     code: float = 0.0  # bytes of the program itself, which the compiler's peak leaves out
     largest: tuple[dict[str, Any], ...] = ()  # buffers at the peak of a compiled program
+    refused: dict[str, Any] | None = None  # overflow.Refusal: the compiler says it does not fit
     warnings: tuple[str, ...] = ()
 
     @property
@@ -44,6 +47,8 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the peak is within the part of memory that plan.memory allows."""
+        if self.refused:
+            return False
         taken = self.cost.peak + self.code
         return not self.limit or taken <= self.limit * self.config.plan.memory
 
@@ -80,20 +85,40 @@ def make_plan(config: cfg.Config, target: Target, analytic: bool) -> Plan:
     guess = estimate.make_estimator(config, target)(config, sizes, structure)
     known = roofline.efficiencies(target.kind, estimate.efficiencies_path(config))
     plan = Plan(
-        config, target, sizes, structure, "analytic", guess.cost, guess.time,
+        config, target, sizes, structure, "analytic", guess.cost, guess.cost.peak, guess.time,
         chosen.backend, why, known, warnings=lint_lines(config, target, structure),
     )  # fmt: skip
     if analytic:
         return plan
     result = compiled.measure(config, target)
-    taken = cost.from_json(result["cost"])
+    taken = cost_of(result, guess.cost)
     return dataclasses.replace(
         plan, method="compiled", cost=taken, time=roofline.estimate(taken, target, known),
         attention=result["attention"], cached=result["cached"],
         compile_seconds=result["trace_seconds"] + result["compile_seconds"],
         code=result["code_bytes"], largest=tuple(result["largest"]),
-        warnings=(*plan.warnings, *result["warnings"]),
+        warnings=(*plan.warnings, *result["warnings"], *refusal_lines(result)),
+        refused=result["refused"],
     )  # fmt: skip
+
+
+def cost_of(result: dict[str, Any], guess: Cost) -> Cost:
+    """The Cost of a compiled program; of a refused one that left no schedule, that of formulas.
+
+    What the compiler says that it needs is then the peak.
+    """
+    if result["cost"] is not None:
+        return cost.from_json(result["cost"])
+    rest = result["refused"]["needed_bytes"] - guess.peak
+    return dataclasses.replace(guess, memory=guess.memory | {UNEXPLAINED: rest})
+
+
+def refusal_lines(result: dict[str, Any]) -> list[str]:
+    """The words of a compiler that refused a program."""
+    if not result["refused"]:
+        return []
+    without = "" if result["cost"] else "; all but the memory it needs is by formulas"
+    return [f"the compiler refuses the program{without}: {result['refused']['message']}"]
 
 
 def lint_lines(config: cfg.Config, target: Target, structure: Structure) -> tuple[str, ...]:
@@ -107,7 +132,9 @@ def lint_lines(config: cfg.Config, target: Target, structure: Structure) -> tupl
 def measure_seconds(config: cfg.Config, target: Target) -> dict[str, Any]:
     """A compiled config's peak, step time and limit: what fit.py and the search compare."""
     result = compiled.measure(config, target)
-    taken = cost.from_json(result["cost"])
+    sizes, structure = resolve_mesh(config.mesh, target.size), estimate.structure_of(config)
+    guess = estimate.make_estimator(config, target)(config, sizes, structure)
+    taken = cost_of(result, guess.cost)
     known = roofline.efficiencies(target.kind, estimate.efficiencies_path(config))
     time = roofline.estimate(taken, target, known)
     return result | {
@@ -141,8 +168,9 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "memory": {
             "classes": by_class(plan.cost.memory), "peak_bytes": plan.cost.peak,
-            "code_bytes": plan.code, "limit_bytes": limit,
+            "formulas_bytes": plan.formulas, "code_bytes": plan.code, "limit_bytes": limit,
             "usable_bytes": limit * config.plan.memory, "fits": plan.fits,
+            "refused": plan.refused,
         },
         "flops": {
             "parts": plan.cost.flops, "total": plan.cost.total_flops, "ideal": plan.ideal_flops,

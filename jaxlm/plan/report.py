@@ -47,7 +47,7 @@ def head(plan: dict[str, Any]) -> list[str]:
     how = "by formulas, nothing compiled"
     if plan["method"] == "compiled":
         how = f"compiled in {plan['compile_seconds']:.0f} s" + ", from the cache" * plan["cached"]
-    return [
+    lines = [
         f"{plan['name']}: {number(plan['parameters'])} parameters on {target['text']} "
         f"({target['chips']} x {target['kind']}), {how}",
         f"mesh {mesh}; remat {settings['remat']}; {settings['sequences']} x "
@@ -55,6 +55,17 @@ def head(plan: dict[str, Any]) -> list[str]:
         f"loss in {settings['loss_chunks']} chunks",
         f"attention {settings['attention']}: {settings['attention_reason']}",
     ]
+    return lines + [refusal(plan["memory"])] * bool(plan["memory"]["refused"])
+
+
+def refusal(memory: dict[str, Any]) -> str:
+    """What a compiler says of a program that does not fit, beside the formulas."""
+    refused = memory["refused"]
+    return (
+        f"the compiler refuses the program: it needs {size(refused['needed_bytes'])} of "
+        f"{size(refused['available_bytes'])} that it may use; formulas say "
+        f"{size(memory['formulas_bytes'])}"
+    )
 
 
 def verdict(plan: dict[str, Any]) -> str:

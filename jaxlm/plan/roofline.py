@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -147,13 +148,19 @@ def load(path: Path) -> dict[str, dict[str, Efficiency]]:
     try:
         kinds = json.loads(path.read_text())
         return {
-            kind: {
-                name: Efficiency(float(e["value"]), str(e["origin"])) for name, e in rows.items()
-            }
+            kind: {name: _efficiency(name, e) for name, e in rows.items()}
             for kind, rows in kinds.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _efficiency(name: str, entry: dict) -> Efficiency:
+    """An entry of the file; ValueError where its value cannot be a rate."""
+    value = float(entry["value"])
+    if not math.isfinite(value) or value < 0 or (value == 0 and name != "overhead"):
+        raise ValueError(f"{name}: {value}")
+    return Efficiency(value, str(entry["origin"]))
 
 
 def save(path: Path, kind: str, found: dict[str, Efficiency]) -> None:

@@ -24,7 +24,7 @@ from jaxlm.plan.plan import remat_text
 from jaxlm.plan.target import Target, local_target
 from jaxlm.plan.units import duration, size
 from jaxlm.state import Structure
-from jaxlm.validate import factorisations, layout_problems
+from jaxlm.validate import factorisations, layout_problems, validate
 
 logger = logging.getLogger("jaxlm")
 MESHES = 40  # the meshes of which every other setting is tried: those that are fastest with full
@@ -192,7 +192,7 @@ def compile_best(
             break
         try:
             result = measure(candidate.config)
-            fits = result["peak_bytes"] <= limit
+            fits = not result["refused"] and result["peak_bytes"] <= limit
             fit += fits
             tried.append(candidate._replace(compiled=result, fits=fits))
         except CompileError as error:
@@ -293,9 +293,9 @@ def choose_mesh(config: cfg.Config, target: Target) -> tuple[cfg.Config, str]:
     other settings change only where no mesh fits with them.
     """
     name = cache.key(config, "mesh", target=target.text, memory=config.plan.memory)
-    kept = cache.read(config, name)
-    if kept is not None and "settings" in kept:
-        return _apply(config, kept["settings"]), f"{kept['why']}; from plan.cache"
+    kept = _kept(config, target, name)
+    if kept is not None:
+        return kept
     structure, estimator = estimate.structure_of(config), estimate.make_estimator(config, target)
     search = analytic_search(config, target, structure, estimator, mesh_only=True)
     if not search.ranked or not search.ranked[0].fits:
@@ -306,6 +306,19 @@ def choose_mesh(config: cfg.Config, target: Target) -> tuple[cfg.Config, str]:
     why = f"mesh: auto chose, of {search.looked} candidates, {describe(best)} ({best.limit})"
     cache.write(config, name, {"settings": settings(best.config), "why": why})
     return best.config, why
+
+
+def _kept(config: cfg.Config, target: Target, name: str) -> tuple[cfg.Config, str] | None:
+    """The choice that the cache remembers; None where its file is damaged or another's idea."""
+    kept = cache.read(config, name)
+    if kept is None:
+        return None
+    try:
+        found, why = _apply(config, kept["settings"]), f"{kept['why']}; from plan.cache"
+        validate(found, target.size)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return found, why
 
 
 def settings(config: cfg.Config) -> dict[str, Any]:
@@ -332,7 +345,15 @@ def settle_run(config: cfg.Config, devices: list) -> cfg.Config:
         if not before.mesh.auto and math.prod(sizes) == len(devices):
             logger.info("mesh: auto keeps the mesh of %s", path)
             return _apply(config, settings(before))
-    settled, why = choose_mesh(config, local_target(devices))
+    try:
+        settled, why = choose_mesh(config, local_target(devices))
+    except cfg.UserError:
+        raise
+    except Exception as error:  # formulas that do not know all that a config asks for
+        raise cfg.UserError(
+            f"mesh=auto: no mesh can be chosen: {type(error).__name__}: {error}; give its axes, as "
+            "mesh.fsdp=-1"
+        ) from error
     logger.info("%s", why)
     return settled
 
