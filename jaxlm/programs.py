@@ -59,7 +59,7 @@ def user_cache() -> Path:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:  # a user without an entry in the system's list, as in containers
         raise cfg.UserError(
-            "there is no home directory; set HOME, XDG_CACHE_HOME or plan.cache to a directory"
+            "there is no home directory; set HOME or XDG_CACHE_HOME to a directory"
         ) from error
     folder = Path(base) / "jaxlm"
     with contextlib.suppress(OSError):  # who writes there says so

@@ -90,7 +90,7 @@ def test_a_file_in_its_place_and_a_missing_home_are_one_line(keep, tmp_path, mon
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no such user"])
-    assert keep()[1][0].endswith("set HOME, XDG_CACHE_HOME or plan.cache to a directory")
+    assert keep()[1][0].endswith("set HOME or XDG_CACHE_HOME to a directory")
 
 
 def test_what_the_user_chose_is_left_alone(keep, tmp_path, monkeypatch):
