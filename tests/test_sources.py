@@ -200,6 +200,13 @@ def test_compressed_files(tmp_path, suffix):
     for broken in (parts[:-5], compress(data)[:-9], parts + b"more", b"plain text"):
         text = message(read, write(path, broken))
         assert text.startswith(f"{path}: cannot be read: ")
+    padded = (
+        compress(data) + bytes(512) + compress(data) + bytes(1)
+    )  # as tape drives and tar leave it
+    assert read(write(path, padded)) == wanted * 2
+    array = compress(json.dumps([{"text": text} for text in wanted]).encode())
+    text = message(read, write(tmp_path / f"array.json.{suffix}", array[:-9]))
+    assert "cannot be read: truncated" in text and "not JSON" not in text
     skipped: list = []
     documents = read(write(path, parts[: len(parts) // 2]), on_bad=skipped.append)
     assert 0 < len(documents) and documents == wanted[: len(documents)]

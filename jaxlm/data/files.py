@@ -200,11 +200,11 @@ def _split_glob(name: str) -> tuple[str, Pattern]:
     parts = name.split("/")
     first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     base = "/".join(parts[:first]) or ("/" if first else ".")
-    pattern = [part for part in parts[first:] if part not in ("", ".")]
+    pattern: list[str] = [part for part in parts[first:] if part not in ("", ".")]
     if ".." in pattern:
         raise UserError(f"{name}: .. cannot follow a wildcard; name the directory itself")
     if pattern in (["*"], ["**", "*"]):  # the directory, in other words
-        pattern = list(ALL)
+        pattern[:] = ALL
     if name.endswith("/"):  # only directories match: all that is in them
         pattern.append("*")
     return base, tuple(pattern)
