@@ -162,7 +162,7 @@ def _outputs(config: cfg.Config, run_dir: Path, start: int, stack: contextlib.Ex
         stack.enter_context(_reopen(run_dir / name, start))
         for name in ("metrics.jsonl", "samples.jsonl")
     )
-    sinks = [lambda record: _append(metrics, record)]
+    sinks: list[trackers.Sink] = [lambda record: _append(metrics, record)]
     if start < config.steps:  # a start that trains nothing is no run of a tracker
         if config.log.tensorboard:
             sinks.append(trackers.open_tensorboard(run_dir, start, stack))
