@@ -54,6 +54,7 @@ def key(
     doc: str,
     *,
     changes: str = "",
+    numbers_where: str = "",
     choices: tuple = (),
     minimum: float | None = None,
     maximum: float | None = None,
@@ -62,8 +63,10 @@ def key(
     """Declare one config key: its default, meaning with unit, and what changing it alters.
 
     A `path` may start with ~ or ~user, a home directory.
+    `numbers_where`: numbers change in some configs only, and in which (`configfile.changes`).
     """
     metadata = dict(doc=doc, changes=tuple(changes.split()), choices=choices, path=path)
+    metadata |= dict(numbers_where=numbers_where)
     metadata |= dict(minimum=minimum, maximum=maximum, required=default is REQUIRED)
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata)
@@ -181,6 +184,14 @@ class Model:
         0.02, "standard deviation of initial weights", minimum=0.0, changes="numbers"
     )
 
+    @property
+    def microbatches_change_numbers(self) -> bool:
+        """Whether a loss is of a microbatch as a whole, and not a sum over tokens.
+
+        Then losses depend on batch.microbatches beyond rounding.
+        """
+        return False
+
 
 @section
 class Attention:
@@ -215,7 +226,9 @@ class Batch:
     )
     microbatches: int = key(
         1, "the batch is processed in this many parts, one after another", minimum=1,
-        changes="recompiles",
+        changes="recompiles numbers",
+        numbers_where="experts have model.balance=loss and model.balance_coefficient above 0: "
+        "each part evens its own load",
     )  # fmt: skip
 
 

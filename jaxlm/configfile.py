@@ -461,6 +461,14 @@ def yaml_text(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
+def changes(key: Key, config: Config) -> tuple[str, ...]:
+    """What changing a key alters, of this config."""
+    found = key.field.metadata["changes"]
+    if key.name == "batch.microbatches" and not config.model.microbatches_change_numbers:
+        return tuple(what for what in found if what != "numbers")
+    return found
+
+
 def differences(old: dict[str, Any], new: Config, what: str) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) where a key that changes `what` differs from an earlier run's.
 
@@ -468,7 +476,7 @@ def differences(old: dict[str, Any], new: Config, what: str) -> list[tuple[str, 
     """
     found, now = [], to_dict(new)
     for key in schema(new.model.family).values():
-        if what in key.field.metadata["changes"]:
+        if what in changes(key, new):
             before, after = _lookup(old, key.name, key.default), _lookup(now, key.name, None)
             if before != after:
                 found.append((key.name, before, after))

@@ -10,6 +10,7 @@ from jaxlm.config import AXES, DIMS, FAMILIES, RULES, STORAGE, Config, UserError
 from jaxlm.configfile import (
     KINDS,
     Key,
+    changes,
     did_you_mean,
     plain,
     schema,
@@ -70,10 +71,15 @@ def _explain_key(key: Key, config: Config | None) -> str:
     family = f", family {key.family} only" if key.family else ""
     lines = [f"{key.name}: {KINDS[key.kind]}, {default}{family}", f"meaning: {limits['doc']}"]
     lines += [f"legal: {_legal(key)}"]
-    lines += [f"changing it: {change}: {CHANGES[change]}" for change in limits["changes"]]
-    if not limits["changes"]:
+    known = config is not None and key.family in ("", config.model.family)
+    found = changes(key, config) if config is not None and known else limits["changes"]
+    where = {"numbers": f", where {limits['numbers_where']}"} if limits["numbers_where"] else {}
+    lines += [
+        f"changing it: {change}: {CHANGES[change]}{where.get(change, '')}" for change in found
+    ]
+    if not found:
         lines += ["changing it: alters neither program, checkpoint, losses nor data order"]
-    if config is not None and key.family in ("", config.model.family):
+    if config is not None and known:
         value = functools.reduce(dict.__getitem__, key.name.split("."), to_dict(config))
         lines += [f"now: {yaml_text(value)}"]
     return "\n  ".join(lines) + "\n"

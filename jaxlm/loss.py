@@ -18,6 +18,7 @@ from jaxlm.models.decoder import Decoder, logits
 from jaxlm.sharding import Layout, wide
 
 UPDATE = "update/"  # in aux: a sum over tokens by which a fixed variable changes
+PEAK = "peak/"  # in aux: sums over tokens, [X], of which the largest over the mean is a metric
 
 
 def split_batch(batch: dict, count: int) -> dict:
@@ -41,14 +42,29 @@ def sum_losses(config: cfg.Config, nll_BS, z_BS, weights_BS) -> dict:
     }
 
 
+def aux_weights(batch: dict, parts: dict) -> jax.Array:
+    """The weight [M] of what blocks return for each microbatch; all add up to that of the batch.
+
+    Blocks make means over the tokens of a microbatch that are no padding, so each has its part of
+    these. Tokens whose target does not count are among them: the loss weights are another number.
+    """
+    weight = jnp.sum(batch["weights"])
+    if "segments" not in parts:
+        count = parts["tokens"].shape[0]
+        return jnp.full(count, weight / count)
+    real_M = jnp.sum(parts["segments"] > 0, axis=(1, 2))
+    return weight * (real_M / jnp.maximum(jnp.sum(real_M), 1)).astype(weight.dtype)
+
+
 def read_aux(aux: dict, weight: jax.Array) -> tuple[jax.Array, dict]:
     """(what to add to the loss, sums over the batch) of a microbatch, from what blocks returned.
 
     A name is "group0/1/router/z_loss": group, place in the pattern, the block's own name, and holds
     an array with a leading dimension of layers. `*_loss` is a mean over tokens that is added to the
-    loss; `update/*` is a sum over tokens, for `update_fixed`; all else are metrics, means over
-    tokens. Losses are summed over layers and metrics averaged, and both weighted by `weight`, that
-    of the microbatch, so that the division by the total makes them means over the batch.
+    loss; `update/*` is a sum over tokens, for `update_fixed`, and `peak/*` one for `read_peaks`;
+    all else are metrics, means over tokens. Losses are summed over layers and metrics averaged,
+    and both weighted by `weight`, the microbatch's of `aux_weights`, so that the division by the
+    total makes them means over the batch.
     """
     updates, values = {}, {}
     for path, stacked in aux.items():
@@ -56,6 +72,8 @@ def read_aux(aux: dict, weight: jax.Array) -> tuple[jax.Array, dict]:
         if name.startswith(UPDATE):
             variable = f"groups.{group.removeprefix('group')}.{place}.{name.removeprefix(UPDATE)}"
             updates[UPDATE + variable] = stacked
+        elif name.startswith(PEAK):
+            updates[f"{PEAK}{group}/{place}/{name.removeprefix(PEAK)}"] = stacked
         else:
             values.setdefault(name, []).append(stacked)
     merge = lambda name: jnp.sum if name.endswith("_loss") else jnp.mean
@@ -63,6 +81,23 @@ def read_aux(aux: dict, weight: jax.Array) -> tuple[jax.Array, dict]:
     sums = {name: mean * weight for name, mean in means.items()}
     loss = sum((x for name, x in sums.items() if name.endswith("_loss")), jnp.zeros(()))
     return loss, sums | updates
+
+
+def read_peaks(aux: dict) -> dict:
+    """aux of a whole batch, with metrics in place of the sums of `peak/*` [layers, X].
+
+    Such a metric is the largest sum over the mean one, averaged over layers; as all metrics it is
+    times the batch's weight. Averaged over microbatches it would grow with their number.
+    """
+    values = {}
+    for path in (name for name in aux if name.startswith(PEAK)):
+        sums_LX = aux[path]
+        mean_L = jnp.maximum(jnp.mean(sums_LX, -1), 1 / sums_LX.shape[-1])
+        name = path.removeprefix(PEAK).split("/", 2)[2]
+        values.setdefault(name, []).append(jnp.max(sums_LX, -1) / mean_L)
+    means = {name: jnp.mean(jnp.concatenate(parts)) for name, parts in values.items()}
+    rest = {name: value for name, value in aux.items() if not name.startswith(PEAK)}
+    return rest | {name: mean * aux["weight"] for name, mean in means.items()}
 
 
 def update_fixed(model: cfg.Model, fixed: dict, aux: dict) -> tuple[dict, dict]:

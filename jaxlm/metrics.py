@@ -22,7 +22,9 @@ from rich.console import Console
 from rich.live import Live
 
 from jaxlm import config as cfg
-from jaxlm import devices, extras
+from jaxlm import devices, trackers
+from jaxlm.attention.xla import visible_pairs
+from jaxlm.models import layer_windows
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
 
@@ -30,10 +32,13 @@ PLAIN_INTERVAL = 2.0  # seconds between progress lines when the output is not a 
 
 
 def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int) -> float:
-    """FLOPs of one trained token: 6 per matmul parameter, and causal attention.
+    """FLOPs of one trained token: 6 per matmul parameter, and 12 H C per visible pair and layer.
 
-    6N + 6 L H C S, with N without the embedding table, which is looked up (tied, it is the head),
-    and of a layer's experts those that a token is sent to.
+    6N + 12 H C P / S, with N without the embedding table, which is looked up (tied, it is the
+    head), and of a layer's experts those that a token is sent to. P: the pairs of a query and a key
+    of a row of S tokens that a causal mask shows, within each layer's window; summed over layers.
+    A row counts as one document, also where data.segments hides the others: what a model needs
+    does not depend on the lengths of the documents.
     """
     matmul = sum(
         math.prod(shape) * _active(model, structure.dims[name])
@@ -42,8 +47,9 @@ def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int
     )
     if not model.tie_embeddings:
         matmul -= math.prod(structure.shapes["embed"])
-    attention = model.num_layers * model.num_heads * model.head_dim * sequence_length
-    return 6.0 * (matmul + attention)
+    pairs = sum(visible_pairs(sequence_length, window) for window in layer_windows(model))
+    attention = model.num_heads * model.head_dim * pairs / sequence_length
+    return 6.0 * matmul + 12.0 * attention
 
 
 def _active(model: cfg.Model, dims: str) -> float:
@@ -90,7 +96,8 @@ def open_log(
             record |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
             for sink in sinks:
                 sink(record)
-            progress(describe(record))
+            show = say if done == config.steps else progress  # the last line stays
+            show(describe(record))
 
         def evaluation(done: int, result: dict[str, float]) -> None:
             for sink in sinks:
@@ -156,10 +163,11 @@ def _outputs(config: cfg.Config, run_dir: Path, start: int, stack: contextlib.Ex
         for name in ("metrics.jsonl", "samples.jsonl")
     )
     sinks = [lambda record: _append(metrics, record)]
-    if config.log.tensorboard:
-        sinks.append(_tensorboard(run_dir, stack))
-    if config.log.wandb:
-        sinks.append(_wandb(config, run_dir, stack))
+    if start < config.steps:  # a start that trains nothing is no run of a tracker
+        if config.log.tensorboard:
+            sinks.append(trackers.open_tensorboard(run_dir, start, stack))
+        if config.log.wandb:
+            sinks.append(trackers.open_wandb(config, run_dir, start, stack))
     return *_screen(stack), sinks, lambda record: _append(samples, record)
 
 
@@ -213,36 +221,6 @@ def _screen(stack: contextlib.ExitStack):
     live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True))
     show = lambda text: live.update(text, refresh=True)
     return lambda text: console.print(text, soft_wrap=True), show
-
-
-def _tensorboard(run_dir: Path, stack: contextlib.ExitStack):
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise cfg.UserError(
-            f"log.tensorboard=true needs tensorboardX: {extras.install('tensorboard')}"
-        ) from error
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
-    stack.callback(writer.close)
-
-    def write(record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                writer.add_scalar(name, value, record["step"])
-
-    return write
-
-
-def _wandb(config: cfg.Config, run_dir: Path, stack: contextlib.ExitStack):
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise cfg.UserError(f"log.wandb=true needs wandb: {extras.install('wandb')}") from error
-    run = wandb.init(
-        project="jaxlm", name=config.name, dir=str(run_dir), config=dataclasses.asdict(config)
-    )
-    stack.callback(run.finish)
-    return lambda record: run.log(dict(record), step=record["step"])
 
 
 def describer(config: cfg.Config, structure: Structure, mesh: Mesh):

@@ -30,7 +30,15 @@ from jaxlm import (
 from jaxlm import config as cfg
 from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
-from jaxlm.loss import batch_losses, read_aux, split_batch, sum_losses, update_fixed
+from jaxlm.loss import (
+    aux_weights,
+    batch_losses,
+    read_aux,
+    read_peaks,
+    split_batch,
+    sum_losses,
+    update_fixed,
+)
 from jaxlm.parallel import pipeline
 from jaxlm.plan import estimate, executables
 from jaxlm.sharding import Layout, batch_shardings, sequence_order, wide
@@ -110,16 +118,18 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
     if layout.size("layers") > 1:
         aux, grads = pipeline.accumulate(config, structure, params, fixed, batch, layout)
     elif count == 1:
-        (_, aux), grads = grad_fn(params, fixed, batch)
+        whole = batch | {"aux_weight": jnp.sum(batch["weights"])}
+        (_, aux), grads = grad_fn(params, fixed, whole)
     else:
         parts = split_batch(batch, count)
+        parts["aux_weight"] = aux_weights(batch, parts)
         first = jax.tree.map(lambda x: x[0], parts)
         (_, aux), _ = jax.eval_shape(grad_fn, params, fixed, first)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
         sums = zeros, jax.tree.map(_unreduced_zeros, params)
         (aux, grads), _ = jax.lax.scan(microbatch, sums, parts)
     grads = reduce_gradients(grads, structure, layout)
-    aux = dict(aux)
+    aux = read_peaks(aux)
     return aux.pop("loss"), aux.pop("weight"), grads, aux
 
 
@@ -128,7 +138,7 @@ def loss_sums(config: cfg.Config, structure: Structure, layout: Layout, params, 
     model = structure.merge(params, fixed)
     nll_BS, z_BS, aux = batch_losses(config, model, batch, layout)
     sums = sum_losses(config, nll_BS, z_BS, batch["weights"])
-    extra, aux = read_aux(aux, sums["weight"])
+    extra, aux = read_aux(aux, batch["aux_weight"])
     return sums["loss"] + sums["z_loss"] + extra, sums | aux
 
 

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 
 from jaxlm.cli import main
@@ -357,6 +358,29 @@ def test_differences(base):
     assert differences(old, load("base.yaml"), "checkpoint") == []
     assert ("model.family", "llama", "gpt2") in differences(old, load("gpt2.yaml"), "checkpoint")
     assert differences({}, new, "data")[0] == ("seed", 0, 1)
+
+
+@pytest.mark.parametrize(
+    "family, overrides, expected",
+    [
+        ("llama", (), False),
+        ("gpt2", (), False),
+        ("mixtral", (), True),
+        ("qwen3_moe", ("model.router=sigmoid", "model.dispatch=capacity"), True),
+        ("mixtral", ("model.balance_coefficient=0", "model.router_z_loss=0.1"), False),
+        ("qwen3_moe", ("model.balance=bias", "model.dispatch=capacity"), False),
+        ("mixtral", ("model.balance=none",), False),
+    ],
+)
+def test_microbatches_change_numbers_where_a_loss_balances_experts(family, overrides, expected):
+    """test_moe.py trains with several microbatches: the losses differ there and there alone."""
+    old = tiny.config(family, *overrides)
+    new = tiny.config(family, *overrides, "batch.microbatches=8")
+    assert new.model.microbatches_change_numbers == expected
+    found = differences(to_dict(old), new, "numbers")
+    assert found == ([("batch.microbatches", 1, 8)] if expected else [])
+    assert ("changing it: numbers" in explain("batch.microbatches", new)) == expected
+    assert "where experts have model.balance=loss" in explain("batch.microbatches")
 
 
 # The schema and its explanations.

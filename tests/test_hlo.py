@@ -195,10 +195,21 @@ def test_flops_of_attention_kernels(name, result, matmuls):
     assert kernels == matmuls * 2 * (2 * 4 * 1024 * 1024) * 64 * 20 / 32
 
 
+def test_each_kernel_has_its_own_window():
+    """Of 8 x 4 blocks a window of 128 shows the one on the diagonal, and the one before."""
+    name, out = "splash_mha_fwd_residuals", f"({OUT}, f32[2,4,1024,128])"
+    text = KERNEL.replace("NAME", name).replace("RESULT", out)
+    text = text.replace("attention/", "attention/window_128/")
+    parts, kernels, _ = account.count_flops(list(hlo.walk(program(text))))
+    first = lambda row: max(0, row * 128 - 127) // 256
+    blocks = sum(row * 128 // 256 - first(row) + 1 for row in range(8))
+    assert kernels == 2 * 2 * (2 * 4 * 1024 * 1024) * 64 * blocks / 32 and set(parts)
+
+
 def test_a_window_hides_blocks_on_both_sides():
     """Of 8 x 8 blocks of 128, rows of a window of 128 see themselves and the one before."""
-    assert account._visited(8, 8, 1024, 128) == (1 + 7 * 2) / 64
-    assert account._visited(8, 8, 1024, 0) == 36 / 64
+    assert account.shown_blocks(8, 8, 1024, 128) == (1 + 7 * 2) / 64
+    assert account.shown_blocks(8, 8, 1024, 0) == 36 / 64
 
 
 def test_other_kernels_are_named():

@@ -121,6 +121,7 @@ class Block(llama.Block):
         return x_BSD, cache, {
             "x/size_loss": 0.1 * square, "size": square,
             "update/count": jnp.sum(y_BSD, axis=(0, 1)),
+            "peak/large": jnp.sum(y_BSD > 0, axis=(0, 1)).astype(jnp.float32),
         }  # fmt: skip
 
 
@@ -142,14 +143,20 @@ def test_aux_of_blocks_is_in_the_order_of_layers(repeats, data, monkeypatch):
 
 
 def weighted(config, structure, state, batch, layout):
-    """What loss_and_grads means for blocks with aux, written plainly."""
+    """What loss_and_grads means for blocks with aux, written plainly.
+
+    Means of microbatches count by their tokens, without padding, and counts are added up.
+    """
     from jaxlm.loss import batch_losses, read_aux, split_batch, sum_losses
+
+    count = lambda part: jnp.sum(part["segments"] > 0)
 
     def one(params, part):
         nll_BS, z_BS, aux = batch_losses(config, structure.merge(params), part, layout)
         sums = sum_losses(config, nll_BS, z_BS, part["weights"])
-        update = "group0/0/update/count"
-        aux = {n: v if n == update else v * sums["weight"] for n, v in aux.items()}
+        weight = jnp.sum(batch["weights"]) * count(part) / count(batch)
+        added = ("group0/0/update/count", "group0/0/peak/large")
+        aux = {n: v if n in added else v * weight for n, v in aux.items()}
         total = sums["loss"] + sums["z_loss"] + jnp.sum(aux["group0/0/x/size_loss"])
         return total, sums | read_aux(aux, 1.0)[1]
 
@@ -159,6 +166,8 @@ def weighted(config, structure, state, batch, layout):
         new, more = jax.grad(one, has_aux=True)(state.params, {n: x[m] for n, x in parts.items()})
         grads = new if grads is None else jax.tree.map(jnp.add, grads, new)
         aux = more if aux is None else jax.tree.map(jnp.add, aux, more)
+    large_LX = aux.pop("peak/group0/0/large")
+    aux["large"] = jnp.mean(jnp.max(large_LX, 1) / jnp.mean(large_LX, 1)) * aux["weight"]
     return aux.pop("loss"), aux.pop("weight"), grads, aux
 
 

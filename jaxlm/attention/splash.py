@@ -67,7 +67,8 @@ def attend(
     segments = () if segments_BS is None else (segments_BS,)
     specs = (spec, spec, spec) + (rows,) * len(segments)
     mapped = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
-    return mapped(q_BSHC, k_BTKC, v_BTKC, *segments)
+    with jax.named_scope(f"window_{window}"):  # plan/account.py counts the kernel's FLOPs by it
+        return mapped(q_BSHC, k_BTKC, v_BTKC, *segments)
 
 
 def block_sizes(length: int, row_bytes: int) -> kernel.BlockSizes:

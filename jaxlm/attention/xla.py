@@ -52,6 +52,12 @@ def visible(queries_S, keys_T, window: int) -> jax.Array:
     return mask_ST & (keys_T[None, :] > queries_S[:, None] - window) if window else mask_ST
 
 
+def visible_pairs(length: int, window: int) -> int:
+    """How many (query, key) pairs `visible` shows in a row of this length."""
+    seen = min(window or length, length)  # by a query, at most; the first ones see fewer
+    return length * seen - seen * (seen - 1) // 2
+
+
 def group_heads(q_BSHC, k_BTKC, v_BTKC, layout: Layout):
     """Queries as [B, S, K, G, C]; kv heads replicated over tensor are copied to each query."""
     batch, length, heads, width = q_BSHC.shape

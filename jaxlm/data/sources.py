@@ -219,13 +219,8 @@ def _json_lines(file: File, text_field: str) -> Iterator[Document]:
 def _parquet(file: File, text_field: str) -> Iterator[Document]:
     """One document for each row, a row group in memory at a time."""
     _regular(file.path)
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{file.path}: Parquet needs pyarrow: {extras.install('parquet')}"
-        ) from None
+    pyarrow = extras.load("pyarrow", "parquet", f"{file.path}: Parquet")
+    extras.load("pyarrow.parquet", "parquet", f"{file.path}: Parquet")
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:

@@ -50,12 +50,17 @@ def encode_positions(config: Config, positions_BS: jax.Array):
 class Block(nnx.Module):
     """Attention and an MLP, each on a normalised copy of the residual stream."""
 
+    @staticmethod
+    def window(config: Config) -> int:
+        """Tokens that a query of this block sees, itself included; 0: all before it."""
+        return config.sliding_window
+
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
         c, keys = config, jax.random.split(key, 4)
         std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
         D, H, C, F = c.embed_dim, c.num_heads, c.head_dim, c.mlp_dim
         bias = lambda *shape_dims: layout.param(constant(0.0), *shape_dims) if c.biases else None
-        self.softcap, self.window = c.attention_softcap, c.sliding_window
+        self.softcap, self.sees = c.attention_softcap, self.window(c)
         self.attention_norm = LayerNorm(c, layout)
         self.qkv = layout.param(normal(keys[0], std), (3, D, H, C), "parts embed heads head_dim")
         self.qkv_bias = bias((3, H, C), "parts heads head_dim")
@@ -82,7 +87,7 @@ class Block(nnx.Module):
             q_BSHC = checkpoint_name(q_BSHC, "query")
             k_BSHC, v_BSHC = checkpoint_name(k_BSHC, "key"), checkpoint_name(v_BSHC, "value")
             a_BSHC, cache = attention.attend(
-                q_BSHC, k_BSHC, v_BSHC, segments_BS, layout, self.softcap, self.window, cache
+                q_BSHC, k_BSHC, v_BSHC, segments_BS, layout, self.softcap, self.sees, cache
             )
             y_BSD = s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _")
             x_BSD += add("bs,d->bsd", y_BSD, self.o_bias)

@@ -103,11 +103,11 @@ def rotate(x_BSHC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 class SelfAttention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245) with rotary positions, and its projections."""
 
-    def __init__(self, config, layout: Layout, keys: jax.Array):
+    def __init__(self, config, layout: Layout, keys: jax.Array, window: int):
         c = config
         std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
         D, H, K, C = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        self.softcap, self.window = c.attention_softcap, c.sliding_window
+        self.softcap, self.window = c.attention_softcap, window
         self.q = layout.param(normal(keys[0], std), (D, H, C), "embed heads head_dim")
         self.k = layout.param(normal(keys[1], std), (D, K, C), "embed kv_heads head_dim")
         self.v = layout.param(normal(keys[2], std), (D, K, C), "embed kv_heads head_dim")

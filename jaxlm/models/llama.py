@@ -76,11 +76,16 @@ def encode_positions(config: Config, positions_BS: jax.Array):
 class Block(nnx.Module):
     """Attention and a gated MLP, each on a normalised copy of the residual stream."""
 
+    @staticmethod
+    def window(config: Config) -> int:
+        """Tokens that a query of this block sees, itself included; 0: all before it."""
+        return config.sliding_window
+
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
         c, keys = config, jax.random.split(key, 7)
         std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
         self.attention_norm = RMSNorm(c, layout)
-        self.attention = SelfAttention(c, layout, keys[:4])
+        self.attention = SelfAttention(c, layout, keys[:4], self.window(c))
         self.mlp_norm = RMSNorm(c, layout)
         self.gate = layout.param(normal(keys[4], std), (c.embed_dim, c.mlp_dim), "embed mlp")
         self.up = layout.param(normal(keys[5], std), (c.embed_dim, c.mlp_dim), "embed mlp")

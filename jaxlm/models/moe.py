@@ -70,6 +70,15 @@ class Config(cfg.Model):
         changes=NUMBERS,
     )  # fmt: skip
 
+    @property
+    def microbatches_change_numbers(self) -> bool:
+        """With the balance loss: a product of two means over the tokens of a microbatch.
+
+        Over the global batch it would need every microbatch's forward pass before the first
+        backward pass.
+        """
+        return self.balance == "loss" and self.balance_coefficient > 0
+
 
 class MoE(nnx.Module):
     """Top-k routed experts in place of an MLP."""
@@ -156,10 +165,15 @@ class GatedMLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and experts, each on a normalised copy; aux names the bias as in `moe`, here."""
 
+    @staticmethod
+    def window(config: Config) -> int:
+        """Tokens that a query of this block sees, itself included; 0: all before it."""
+        return config.sliding_window
+
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
         keys = jax.random.split(key, 5)
         self.attention_norm = RMSNorm(config, layout)
-        self.attention = SelfAttention(config, layout, keys[:4])
+        self.attention = SelfAttention(config, layout, keys[:4], self.window(config))
         self.mlp_norm = RMSNorm(config, layout)
         self.moe = MoE(config, layout, keys[4])
 
@@ -228,7 +242,7 @@ def statistics(c: Config, scores_BSE, logits_BSE, hit_BSKE, dropped_BS, real_BS)
         "router/balance_loss": weight * balance,
         "router/z_loss": c.router_z_loss * z / count,
         "router/entropy": entropy / count,
-        "router/load_max": jnp.max(load_E) * E / jnp.maximum(jnp.sum(load_E), 1.0),
+        "peak/router/load_max": load_E,
         "router/dropped": dropped / (count * c.experts_per_token),
     }
     return aux | ({"update/moe.bias": load_E} if c.balance == "bias" else {})

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
 from jaxlm import config as cfg
-from jaxlm.loss import UPDATE, read_aux, split_batch, sum_losses, token_losses
+from jaxlm.loss import PEAK, UPDATE, aux_weights, read_aux, split_batch, sum_losses, token_losses
 from jaxlm.models import family_module
 from jaxlm.models.decoder import run_group
 from jaxlm.sharding import Layout, partitions, wide
@@ -119,6 +119,7 @@ def accumulate(
     """(aux, gradients) summed over the microbatches; gradients are not reduced yet."""
     run = _Run(config, structure, layout, make_schedule(config, layout), params, fixed)
     parts = split_batch(batch, config.batch.microbatches)
+    parts["aux_weight"] = aux_weights(batch, parts)
     layers, frozen = run.chunks(params), run.chunks(fixed)
     outer = {name: params[name] for name in params if name not in layers}
 
@@ -295,11 +296,13 @@ class _Run:
             fixed = self.marked(fixed)
             (_, extra), pull, aux = jax.vjp(run, self.marked(params), x_BSD, has_aux=True)
             grads, dx_BSD = pull((g_BSD, weight.astype(extra.dtype)))
-            scale = lambda name, v: v * (valid if UPDATE in name else weight).astype(v.dtype)
+            counted = lambda name: UPDATE in name or PEAK in name
+            scale = lambda name, v: v * (valid if counted(name) else weight).astype(v.dtype)
             return grads, dx_BSD, {name: scale(name, v) for name, v in aux.items()}
 
         params, fixed, *rest = self.inputs(layers, frozen, item, parts)
-        weights_Z = jnp.sum(_pick_part(parts["weights"], item.microbatch), axis=(1, 2))
+        own_ZM = item.microbatch[:, None] == jnp.arange(self.schedule.microbatches)
+        weights_Z = jnp.sum(jnp.where(own_ZM, parts["aux_weight"], 0), axis=1)
         weights_Z = jnp.where(item.valid, weights_Z, 0)
         g_ZBSD = _where(item.valid, g_ZBSD, jnp.zeros_like(g_ZBSD))
         return jax.vmap(one)(params, fixed, x_ZBSD, g_ZBSD, item.valid, weights_Z, *rest)

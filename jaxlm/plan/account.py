@@ -34,12 +34,10 @@ class Account:
     notes: tuple[str, ...]  # what could not be counted
 
 
-def account(
-    module: Module, layout: Layout, target: Target, dcn: dict[str, int], window: int = 0
-) -> Account:
-    """Count a program that was compiled for this layout; `window`: of its attention, tokens."""
+def account(module: Module, layout: Layout, target: Target, dcn: dict[str, int]) -> Account:
+    """Count a program that was compiled for this layout."""
     visits = list(walk(module))
-    flops, kernels, notes = count_flops(visits, window)
+    flops, kernels, notes = count_flops(visits)
     unknown = {v.scheduled.name for v in visits if not v.known}
     if unknown:
         notes.append(f"{len(unknown)} operations in loops of unknown trips are counted once")
@@ -53,7 +51,7 @@ def account(
 # FLOPs
 
 
-def count_flops(visits: list[Visit], window: int = 0) -> tuple[dict[str, float], float, list[str]]:
+def count_flops(visits: list[Visit]) -> tuple[dict[str, float], float, list[str]]:
     """(FLOPs by part and pass, those of kernels, notes)."""
     total: dict[str, float] = collections.defaultdict(float)
     kernels, notes = 0.0, {}
@@ -61,7 +59,7 @@ def count_flops(visits: list[Visit], window: int = 0) -> tuple[dict[str, float],
         each, computation = visit.instruction, visit.computation
         kernel = each.opcode == "custom-call" and kernel_name(each)
         if kernel:
-            found = kernel_flops(each, computation, window)
+            found = kernel_flops(each, computation)
             if found is None:
                 notes[f"FLOPs of kernel {kernel} are not known"] = None
                 continue
@@ -152,11 +150,12 @@ def kernel_name(each: Instruction) -> str:
     return each.target if each.target.startswith("__cudnn$fmha") else ""
 
 
-def kernel_flops(each: Instruction, computation: Computation, window: int = 0) -> float | None:
+def kernel_flops(each: Instruction, computation: Computation) -> float | None:
     """FLOPs of the blocks of scores that an attention kernel visits; None for other kernels.
 
-    Splash: of a grid of blocks [heads, queries, keys], those that a causal mask (of a window) does
-    not hide whole. cuDNN: all scores, or half of them if it is told that they are causal.
+    Splash: of a grid of blocks [heads, queries, keys], those that a causal mask does not hide
+    whole, of the window that attention/splash.py names its scope by. cuDNN: all scores, or half
+    of them if it is told that they are causal.
     """
     shapes = [shape for made in computation.operands(each) for shape in made.shapes]
     wide = [shape for shape in shapes if bits(shape.dtype) >= 16 and len(shape.dims) >= 3]
@@ -176,7 +175,8 @@ def kernel_flops(each: Instruction, computation: Computation, window: int = 0) -
     block = re.search(rf'block_kv{backward and "_"}{backward}\\": (\d+)', each.attributes)
     if block:  # the grid may leave hidden columns out
         columns = keys.dims[-2] // int(block[1])
-    part = _visited(rows, columns, keys.dims[-2], window)
+    window = re.search(r"\bwindow_(\d+)\b", each.op_name)
+    part = shown_blocks(rows, columns, keys.dims[-2], int(window[1]) if window else 0)
     times = {"": 1.0, "dq": 1.5, "dkv": 2.5 if _fused(each) else 2.0}[backward]
     return 4.0 * times * queries.size * keys.dims[-2] * part
 
@@ -186,7 +186,7 @@ def _fused(each: Instruction) -> bool:
     return len([shape for shape in each.shapes if len(shape.dims) >= 3]) > 2
 
 
-def _visited(rows: int, columns: int, length: int, window: int) -> float:
+def shown_blocks(rows: int, columns: int, length: int, window: int) -> float:
     """The part of a grid of blocks that a causal mask, of a window, does not hide whole."""
     shown = 0
     for row in range(rows):

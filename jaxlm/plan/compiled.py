@@ -95,8 +95,7 @@ def read_cost(
 ) -> tuple[cost.Cost, list[dict[str, Any]]]:
     """The Cost of a compiled program, and the largest buffers at its peak."""
     layout, structure = program.layout, program.structure
-    window = config.model.sliding_window
-    counted = account(module, layout, target, config.mesh.dcn, window)
+    counted = account(module, layout, target, config.mesh.dcn)
     split = split_memory(module, memory, layout, structure, config)
     taken = cost.Cost(
         memory=split.classes, flops=counted.flops, kernel_flops=counted.kernel_flops,

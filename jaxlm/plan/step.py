@@ -8,6 +8,8 @@ import functools
 from jaxlm import config as cfg
 from jaxlm.attention import splash
 from jaxlm.attention.chunked import SPANS
+from jaxlm.models import layer_windows
+from jaxlm.plan.account import shown_blocks
 from jaxlm.plan.habits import WIDE
 from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
@@ -83,24 +85,38 @@ class Step:
 
 
 def visited(layout: Layout, m: cfg.Model, length: int) -> float:
-    """The part of all scores that an attention backend computes, of queries times keys."""
-    backend, window = layout.attention.backend, m.sliding_window
+    """The part of all scores that an attention backend computes, of queries times keys.
+
+    A mean over layers, since each may have a window of its own.
+    """
+    windows = layer_windows(m)
+    shown = {window: _visited(layout, m, length, window) for window in set(windows)}
+    return sum(shown[window] for window in windows) / len(windows)
+
+
+def _visited(layout: Layout, m: cfg.Model, length: int, window: int) -> float:
+    """`visited` of a layer with this window; one that is as long as the row hides nothing."""
+    backend, window = layout.attention.backend, window if window < length else 0
     if backend == "splash":
         sizes = splash.block_sizes(length, m.head_dim * 2)
         rows, columns = length // sizes.block_q, length // (sizes.block_kv or length)
-        shown = 0
-        for row in range(rows):
-            last = -(-(row + 1) * columns // rows)
-            first = max(0, (row * sizes.block_q - window) * columns // length) if window else 0
-            shown += min(columns, last) - first
-        return shown / (rows * columns)
-    if backend == "chunked" and not window:
-        return (SPANS + 1) / (2 * SPANS)
+        return shown_blocks(rows, columns, length, window)
     if backend == "chunked":
-        return min(1.0, (window + length / SPANS) / length)
+        return _visited_chunks(layout.attention.chunk, length, window)
     if backend == "cudnn":
         return 0.5
-    if backend in ("ring", "all_gather"):  # halves of the pieces are skipped where hidden
-        ways = layout.size("seq")
-        return (2 * ways + 1) / (4 * ways) if not window else min(1.0, (window / length + 1 / ways))
+    if backend in ("ring", "all_gather"):  # two pieces a device; those that are hidden are skipped
+        pieces = 2 * layout.size("seq")
+        return shown_blocks(pieces, pieces, length, window)
     return 1.0
+
+
+def _visited_chunks(chunk: int, length: int, window: int) -> float:
+    """Spans of whole chunks of queries, each with the keys from its first window to its end."""
+    count = -(-length // chunk)
+    size, total = -(-length // count), 0
+    bounds = [count * i // SPANS for i in range(SPANS + 1)]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        low = max(0, first * size - window + 1) if window else 0
+        total += (last - first) * size * (min(last * size, length) - low)
+    return total / length**2
