@@ -141,6 +141,13 @@ def test_a_link_that_is_named_has_the_format_of_its_target(tree):
     assert read("latest") == ["a", "b"]
 
 
+def test_odd_bytes_in_names_are_reported(tmp_path, capfd):
+    write(tmp_path / "a.txt", TEXT)
+    write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")), "")
+    prepare(tmp_path / "out", [tmp_path], "bytes", validation_fraction=0.0)
+    assert "\\udcff.png" in capfd.readouterr().out.splitlines()[-1]
+
+
 def test_the_output_is_no_input(tree, tmp_path):
     options = dict(validation_fraction=0.0, overwrite=True)
     lines: list[str] = []

@@ -62,10 +62,11 @@ def add(tally: Tally, reason: str, example: str, count: int = 1) -> None:
 
 
 def in_words(tally: Tally) -> str:
-    """A tally as words on one line."""
-    return ", ".join(
+    """A tally as words on one line; odd bytes of names, which no terminal takes, are escaped."""
+    words = ", ".join(
         f"{facts['count']:,} {reason} (first: {facts['first']})" for reason, facts in tally.items()
     )
+    return words.encode(errors="backslashreplace").decode()
 
 
 def suffix_of(path: str | os.PathLike) -> str:
