@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Engine
 
 from jaxlm.config import UserError
 from jaxlm.data import cut, tokenize
+from jaxlm.data.separators import Separators
 from jaxlm.data.tokenize import encode, encode_batch, make_bytes, make_characters, train_bpe
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -170,7 +171,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_pieces_have_the_tokens_of_the_whole(name, sizes, monkeypatch):
     engine = TOKENIZERS[name]()
-    tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), None, None)
+    tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), Separators(None, None))
     monkeypatch.setattr(cut, "PIECE", sizes[0])
     monkeypatch.setattr(cut, "REACHES", sizes[1])
     pieces = {}
@@ -190,7 +191,7 @@ def test_random_texts_and_patterns(monkeypatch):
     names = ("gpt2 pattern", "llama3", "qwen", "llama2", "wordpiece", "unigram", "white space")
     for name in names:
         engine = TOKENIZERS[name]()
-        tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), None, None)
+        tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), Separators(None, None))
         for seed in range(20):
             text = prose(seed, 900) + blank(seed, 300) + prose(seed + 1, 300)
             whole = engine.encode(text, add_special_tokens=False).ids
@@ -203,7 +204,7 @@ def test_merges_that_depend_on_where_a_word_begins(monkeypatch, caplog):
     monkeypatch.setattr(cut, "REACHES", (20, 40))
     vocab = {"a": 0, "b": 1, "ab": 2, "abab": 3}
     engine = Engine(models.BPE(vocab=vocab, merges=[("a", "b"), ("ab", "ab")]))
-    tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), None, None)
+    tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), Separators(None, None))
     text = "ab" * 601
     whole = engine.encode(text, add_special_tokens=False).ids
     assert len(list(tokenize._pieces(tokenizer, text))) == 1
@@ -234,7 +235,7 @@ def test_a_missing_word_is_named_and_short_texts_are_encoded_together(monkeypatc
 @pytest.mark.parametrize("name", ["llama3", "llama2"])
 def test_a_long_text_at_the_real_size(name):
     engine = TOKENIZERS[name]()
-    tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), None, None)
+    tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), Separators(None, None))
     text = (prose(5) + blank(6)) * 400
     longest = max(end.right - begin.left for begin, end in tokenize._pieces(tokenizer, text))
     assert longest < 1.1 * cut.PIECE < len(text) / 3

@@ -55,7 +55,9 @@ def head(plan: dict[str, Any]) -> list[str]:
         f"loss in {settings['loss_chunks']} chunks",
         f"attention {settings['attention']}: {settings['attention_reason']}",
     ]
-    return lines + [refusal(plan["memory"])] * bool(plan["memory"]["refused"])
+    if plan["memory"]["refused"]:
+        lines.append(refusal(plan["memory"]))
+    return lines
 
 
 def refusal(memory: dict[str, Any]) -> str:
