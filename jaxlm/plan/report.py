@@ -55,7 +55,7 @@ def head(plan: dict[str, Any]) -> list[str]:
         f"loss in {settings['loss_chunks']} chunks",
         f"attention {settings['attention']}: {settings['attention_reason']}",
     ]
-    return lines + [refusal(plan["memory"])] * bool(plan["memory"]["refused"])
+    return lines + ([refusal(plan["memory"])] if plan["memory"]["refused"] else [])
 
 
 def refusal(memory: dict[str, Any]) -> str:
