@@ -5,6 +5,7 @@ import types
 
 import pytest
 import tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_metrics import open_run, values
 
 from jaxlm import metrics
@@ -116,14 +117,12 @@ def test_mistakes_with_wandb_are_one_line(tmp_path, monkeypatch):
 
 def test_tensorboard_reads_every_step_once(tmp_path):
     """By TensorBoard's own reader, in one directory, after starts at steps 0, 2 and 6."""
-    pytest.importorskip("tensorboardX")
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = tiny.config("llama", "log.tensorboard=true", "steps=6")
     for start, stop in ((0, 4), (2, 6), (6, 6)):
         start_run(config, tmp_path, start, stop)
     files = list((tmp_path / "tensorboard").iterdir())
     assert len(files) == 2  # nothing of the start that trained nothing
-    found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     steps = [(event.step, event.value) for event in found.Scalars("loss")]
     assert steps == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0), (6, 26.0)]
