@@ -29,7 +29,7 @@ MODELS = {
     "qwen": (transformers.Qwen3MoeConfig, QWEN3_MOE),
 }
 TOKENS = 12
-PROMPTS = ["the cat", "the dog ran. \n", "caf\u00e9 \u20ac", "<|endoftext|>a</s>b<|im_end|>c"]
+PROMPTS = ["the cat", "the dog ran. \n", "caf\u00e9 12 \u20ac", "<|endoftext|>a</s>b<|im_end|>c"]
 
 
 def run_command(capsys, *arguments):

@@ -81,6 +81,15 @@ def gpt2(directory: Path) -> dict:
     return _save(directory, engine, about, "GPT2Tokenizer", "<|endoftext|>", ["<|endoftext|>"])
 
 
+def digits(directory: Path) -> dict:
+    """SmolLM's kind: GPT-2's class, but each digit is a token, which that class does not know."""
+    engine = byte_level(["<|endoftext|>"])
+    split = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    engine.pre_tokenizer = pre_tokenizers.Sequence(split)
+    about = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    return _save(directory, engine, about, "GPT2Tokenizer", "<|endoftext|>", ["<|endoftext|>"])
+
+
 def qwen(directory: Path) -> dict:
     """No token begins a document; two end a text, and the model's first one is another still."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -92,7 +101,7 @@ def qwen(directory: Path) -> dict:
     return _save(directory, engine, about, "Qwen2Tokenizer", special[0], special[::-2])
 
 
-KINDS = {"llama3": llama3, "llama2": llama2, "gpt2": gpt2, "qwen": qwen}
+KINDS = {"llama3": llama3, "llama2": llama2, "gpt2": gpt2, "digits": digits, "qwen": qwen}
 
 
 def _save(directory: Path, engine: Tokenizer, about: dict, kind: str, bos: str, ends: list) -> dict:

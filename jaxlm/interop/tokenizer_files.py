@@ -27,10 +27,8 @@ def write_tokenizer(
     tokenizer = load_tokenizer(source)
     around, carried = tokenizer.separators, dict(carried or {})
     if around.prompt is not None and carried:  # the tokenizer of an import, as it came
-        data, about = tokenizer.data, carried
-        if str(about.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer":
-            # transformers 5 would put rules of its own for spaces in place of tokenizer.json's.
-            about = _names(tokenizer) | about | {"tokenizer_class": AS_IT_IS}
+        # Classes of their own put the rules of a model family in place of tokenizer.json's.
+        data, about = tokenizer.data, _names(tokenizer) | carried | {"tokenizer_class": AS_IT_IS}
     else:
         chat = "chat_template" in carried or any(directory.glob("chat_template.*"))
         data, about = _with_prompt(tokenizer), carried | _about(tokenizer, chat)
