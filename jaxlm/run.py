@@ -27,6 +27,7 @@ from jaxlm.data import (
     separators,
 )
 from jaxlm.data.split import read_tokens
+from jaxlm.interop import carried
 from jaxlm.sharding import Layout, place
 from jaxlm.state import (
     Arrays,
@@ -139,10 +140,23 @@ def example_prompt(config: cfg.Config, tokenizer: Tokenizer, training: Split) ->
 
 def find_tokenizer(config: cfg.Config) -> Tokenizer:
     """The tokenizer of a run, or of its data; UserError where neither has one."""
-    for place_ in (cfg.run_dir(config), Path(config.data.path)):
-        if (place_ / "tokenizer.json").is_file():
-            return load_tokenizer(place_)
-    raise cfg.UserError(f"run.dir={cfg.run_dir(config)} has no tokenizer.json")
+    found = tokenizer_place(config)
+    if found is None:
+        raise cfg.UserError(
+            f"run.dir={cfg.run_dir(config)} has no tokenizer.json; import the model from a "
+            "directory that has one; for a run of your own, name its dataset with data.path"
+        )
+    return load_tokenizer(found)
+
+
+def tokenizer_place(config: cfg.Config) -> Path | None:
+    """The directory with the tokenizer of a run: its own, or that of the data it was trained on.
+
+    An imported model was trained on no data of ours: what lies at data.path is not its tokenizer.
+    """
+    run_dir = cfg.run_dir(config)
+    places = [run_dir] if carried.find(run_dir) else [run_dir, Path(config.data.path)]
+    return next((each for each in places if (each / "tokenizer.json").is_file()), None)
 
 
 @contextlib.contextmanager

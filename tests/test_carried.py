@@ -143,6 +143,19 @@ def test_a_run_of_its_own_says_how_to_generate(tmp_path):
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (0, 0, 0)
 
 
+def test_an_import_without_tokenizer_json_takes_none_from_some_data(tmp_path):
+    _, old = imported(tmp_path)
+    (old / "tokenizer.json").unlink()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tokenizer.json").write_bytes(make_bytes().data)
+    config = tiny.config("llama", f"run.dir={old}", f"data.path={tmp_path / 'data'}")
+    assert run.tokenizer_place(config) is None
+    with pytest.raises(UserError, match=r"has no tokenizer\.json; import the model from a"):
+        run.find_tokenizer(config)
+    (old / carried.FOLDER).rename(tmp_path / "gone")  # an old run, trained on this data
+    assert run.tokenizer_place(config) == tmp_path / "data"
+
+
 def test_only_small_files_of_data_are_kept(tmp_path):
     source, _ = imported(tmp_path)
     for name in ("modeling_x.py", "pytorch_model.bin", "adapter_config.json", "x.safetensors"):

@@ -449,13 +449,11 @@ def export_run(
     """`jaxlm export`: a checkpoint (None: the newest) as a Hugging Face directory."""
     if not 0 < shard_gb < math.inf:
         raise cfg.UserError(f"--shard-gb={shard_gb:g} must be above 0, as in 5")
-    places = (cfg.run_dir(config), Path(config.data.path))
-    known = [place for place in places if (place / "tokenizer.json").is_file()]
     kept = carried.find(cfg.run_dir(config))
     with run.open_model(config, step) as model:
         untrained = kept is not None and model.step == 0
         save_params(
             out, model.params | model.fixed, config.model,
-            tokenizer=known[0] if known else None, dtype=dtype, shard_bytes=int(shard_gb * 1e9),
+            tokenizer=run.tokenizer_place(config), dtype=dtype, shard_bytes=int(shard_gb * 1e9),
             kept=kept, trained_length=0 if untrained else config.batch.sequence_length,
         )  # fmt: skip
