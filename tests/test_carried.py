@@ -59,6 +59,26 @@ def test_the_same_tokens_carry_all_along(tmp_path):
     assert contents(again) == contents(kept)
 
 
+def test_a_new_run_removes_no_model_that_lies_in_its_directory(tmp_path):
+    _, old = imported(tmp_path, "qwen3_moe")
+    config = tiny.config("qwen3_moe", f"run.dir={old}")
+    model = old / carried.FOLDER / "model.safetensors"
+    model.write_bytes(b"weights")
+    before = contents(old)
+    with pytest.raises(UserError, match=r"there is .*model\.safetensors; move it away"):
+        carried.take_along(config, load_tokenizer(old))
+    assert contents(old) == before
+    model.unlink()
+    (old / carried.FOLDER).rename(tmp_path / "elsewhere")
+    (old / carried.FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="there is a link; move it away"):
+        carried.take_along(config, load_tokenizer(old))
+    (old / carried.FOLDER).unlink()
+    (tmp_path / "elsewhere").rename(old / carried.FOLDER)
+    carried.take_along(config, load_tokenizer(old))  # of a start that saved nothing
+    assert not (old / carried.FOLDER).exists()
+
+
 def test_another_tokenizer_carries_no_tokens_along(tmp_path, caplog):
     _, old = imported(tmp_path)
     kept = take_along(old, make_bytes(), tmp_path / "run")

@@ -78,7 +78,7 @@ def take_along(config: cfg.Config, tokenizer: Tokenizer) -> None:
     run_dir, source = cfg.run_dir(config), Path(config.checkpoint.start_from)
     if jax.process_index():
         return
-    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)  # of a start that saved nothing
+    _clear(run_dir / FOLDER)
     kept = find(source) if config.checkpoint.start_from else None
     if kept is None:
         return
@@ -102,6 +102,20 @@ def take_along(config: cfg.Config, tokenizer: Tokenizer) -> None:
     keep(kept, run_dir)
     if (old.bos, old.eos) != (tokenizer.bos, tokenizer.eos):
         _separate(run_dir / FOLDER, tokenizer)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a start that saved nothing has kept; UserError for what no run has kept there."""
+    if not folder.is_dir():
+        return
+    own = {folder / TEMPLATES, *(place / name for place, name in _files(folder))}
+    other = next((path for path in folder.rglob("*") if path not in own), None)
+    if other is not None or folder.is_symlink():
+        raise cfg.UserError(
+            f"run.dir={folder.parent}: a run keeps files of its own in {folder}, and there is "
+            f"{other or 'a link'}; move it away, or choose another run.dir"
+        )
+    shutil.rmtree(folder)
 
 
 def _separate(folder: Path, tokenizer: Tokenizer) -> None:
