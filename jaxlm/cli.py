@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escapes for what a terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    parser = make_parser()
+    try:
+        parser = make_parser()
+    except KeyboardInterrupt:  # modules load for a while
+        print("\njaxlm: interrupted before anything was done", file=sys.stderr)
+        return 130
     args, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes positional arguments in one run only; overrides may stand anywhere
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
