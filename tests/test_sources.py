@@ -9,6 +9,8 @@ import io
 import json
 import lzma
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -150,8 +152,10 @@ def test_what_is_named_itself_must_be_a_file(tree):
 
 def test_a_link_that_is_named_has_the_format_of_its_target(tree):
     write(tree / "rows.jsonl", rows({"text": "a"}, {"text": "b"}))
-    (tree / "latest").symlink_to("rows.jsonl")
-    assert read("latest") == ["a", "b"]
+    write(tree / "ROWS.JSONLINES", rows({"text": "a"}, {"text": "b"}))
+    for name, target in {"latest": "rows.jsonl", "older": "ROWS.JSONLINES"}.items():
+        (tree / name).symlink_to(target)
+        assert read(name) == ["a", "b"]
 
 
 def test_odd_bytes_in_names_are_reported(tmp_path, capfd):
@@ -497,6 +501,25 @@ def test_a_reader_that_leaves_is_not_the_disk(tmp_path):
     with pytest.raises(BrokenPipeError):
         prepare(tmp_path / "out", [write(tmp_path / "a.txt", TEXT)], "bytes", report=left)
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_run_goes_on_without_the_reader_of_its_lines(tmp_path):
+    """As in `jaxlm train x | head -1`: no traceback for each line that nobody reads."""
+    code = (
+        "import logging, sys, jaxlm.cli as cli\n"
+        "def run(args):\n"
+        "    logging.getLogger('jaxlm').setLevel(logging.INFO)\n"
+        "    sys.stdin.read()\n"
+        "    for _ in range(3): logging.getLogger('jaxlm').info('line')\n"
+        "cli._train = run\n"
+        "raise SystemExit(cli.main(['train', 'x']))\n"
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 def test_an_interrupt_while_modules_load_is_one_line(monkeypatch, capsys):

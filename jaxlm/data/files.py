@@ -24,7 +24,7 @@ from typing import Any
 from jaxlm.config import UserError
 
 COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
-JSON = (".jsonl", ".ndjson", ".json")  # C4 and others name JSON lines .json
+JSON = (".jsonl", ".jsonlines", ".ndjson", ".json")  # C4 and others name JSON lines .json
 # What is taken from a directory besides JSON and Parquet; a file named itself may have any suffix.
 TEXT = frozenset(
     ".txt .text .md .rst .tex .html .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .sh"
