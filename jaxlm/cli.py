@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escapes for what a terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    parser = make_parser()
+    try:
+        parser = make_parser()
+    except KeyboardInterrupt:  # modules load for a while
+        print("\njaxlm: interrupted before anything was done", file=sys.stderr)
+        return 130
     args, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes positional arguments in one run only; overrides may stand anywhere
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
@@ -34,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     # What others print is their result, and may be read by a program.
     stream = sys.stdout if args.run in (_train, _check) else sys.stderr
-    logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=stream)
+    handler = logging.StreamHandler(stream)
+    handler.handleError = lambda record: _unlogged(handler, record)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, handlers=[handler])
     logging.getLogger("jaxlm").setLevel(logging.WARNING)
     try:
         _expand_paths(args)
@@ -52,8 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\njaxlm: interrupted; {args.interrupted}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         return 1
+
+
+def _unlogged(handler: logging.StreamHandler, record: logging.LogRecord) -> None:
+    """A line that could not be logged: a run goes on without the reader of its lines."""
+    if isinstance(sys.exc_info()[1], BrokenPipeError):
+        _drop(handler.stream)
+    else:
+        logging.Handler.handleError(handler, record)
+
+
+def _drop(stream) -> None:
+    """Send what is written from now on nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _expand_paths(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import functools
 import importlib
 import math
 import os
+import shlex
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -223,7 +224,11 @@ def _override_node(name: str, text: str) -> yaml.Node:
         node = _parse(text, f"override: {name}={_short(text)}")
     except UserError as error:
         if marked:
-            raise UserError(f"{error}; quote words with other signs, as in ['*norm*']") from error
+            hint = f"{error}; quote words with other signs, as in ['*norm*']"
+            if kind in TEXT_KINDS and len(text) < 60:
+                whole = yaml.safe_dump(bare, default_style='"', width=10**6).strip()
+                hint += f", or all of it where it is one text: {shlex.quote(f'{name}={whole}')}"
+            raise UserError(hint) from error
         node = None
     return node or yaml.ScalarNode(TEXT, bare)
 

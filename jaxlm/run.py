@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def prepare_data(config: cfg.Config) -> None:
         raise cfg.UserError(
             f"data.path={path} does not exist, and data.corpus={corpus} is made at {place_} only;"
             f" correct the path, use data.path={place_}, or make the corpus there with"
-            f" `jaxlm data prepare --corpus {corpus} --out {path}`"
+            f" `jaxlm data prepare --corpus {corpus} --out {shlex.quote(str(path))}`"
         )
     if jax.process_index() == 0:
         prepare_corpus(corpus, path)

@@ -3,6 +3,7 @@
 import dataclasses
 import pwd
 import random
+import shlex
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,11 @@ def test_include(base):
         (['name="a\\q"'], ["not valid YAML", "quote"]),
         (['name="a": "b"'], ["must be text, not a mapping", "in quotes"]),
         (["sample.prompts=[INST] hi [/INST]"], ["not valid YAML", "quote"]),
+        (
+            ["devices.coordinator=[::1]:80"],
+            ["not valid YAML", "'devices.coordinator=\"[::1]:80\"'"],
+        ),
+        (["sample.prompts='a' or 'b'"], ["not valid YAML", "sample.prompts="]),
         (["sample.prompts=[Q: why]"], ["must be text, not a mapping", "in quotes"]),
         (["optimizer.train=[*.norm]"], ["not valid YAML", "['*norm*']"]),
         (["run={dir: !old }"], ["run.dir", "YAML tag !old", "in quotes"]),
@@ -279,6 +285,12 @@ def test_include(base):
 def test_override_errors(base, overrides, parts):
     message = error_of(load, "base.yaml", overrides)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("text", ["[INST] hi [/INST]", "'a' or 'b'", "[x](y)", "{x}/\ny", "[a"])
+def test_the_quotes_that_an_error_names_work(base, text):
+    advice = error_of(load, "base.yaml", [f"sample.prompts={text}"]).partition("one text: ")[2]
+    assert load("base.yaml", shlex.split(advice)).sample.prompts == (text,)
 
 
 @pytest.mark.parametrize(

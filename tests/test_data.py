@@ -602,7 +602,9 @@ def test_damaged_manifest(root, tmp_path, damage):
 
 
 def test_unreadable_manifest(root, tmp_path):
-    assert "does not exist" in message(open_split, tmp_path / "no", "train")
+    for name, written in (("no", f"{tmp_path}/no"), ("my [1]", f"'{tmp_path}/my [1]'")):
+        words = message(open_split, tmp_path / name, "train")
+        assert f"does not exist; make it with `jaxlm data prepare --out {written} FILES`" in words
     assert "manifest.json cannot be read" in message(open_split, tmp_path, "train")
     for data in (b"", b"{", b"\xff", b"[]", b"null"):
         (tmp_path / "manifest.json").write_bytes(data)
@@ -933,6 +935,8 @@ def test_command(root, tmp_path, capsys):
         assert "--- segment 1: " in capsys.readouterr().out
     assert "--item=-1" in message(run_command, "show", out, "--item", "-1")
     assert "--sequence-length=0" in message(run_command, "show", out, "--sequence-length", "0")
+    short = ["show", out, "--sequence-length", "10000000"]
+    assert "--sequence-length=10000000 is not below" in message(run_command, *short)
     exclusive = ["--corpus", "python-stdlib", "a"]
     assert "exclude each other" in message(run_command, "prepare", "--out", "x", *exclusive)
     with pytest.raises(SystemExit):

@@ -9,6 +9,8 @@ import io
 import json
 import lzma
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -125,6 +127,19 @@ def test_globs_and_names(tree, inputs, wanted):
     assert [file.id for file in find_files(inputs.split())] == wanted
 
 
+def test_brackets_in_names_that_exist_are_no_wildcards(tree):
+    """As "a [1]" names a directory, so it does within a glob; one that does not exist matches."""
+    for name in ("a [1]/x.txt", "a [1]/deep [x]/y.txt", "a 1/z.txt", "star */w.txt"):
+        write(tree / name, name)
+    for name, wanted in {
+        "a [1]": ["deep [x]/y.txt", "x.txt"], "a [1]/*": ["deep [x]/y.txt", "x.txt"],
+        "a [1]/*.txt": ["x.txt"], "a [1]/deep [x]/*.txt": ["y.txt"], "./a [1]/d*/": ["y.txt"],
+        "a [[]1]/*.txt": ["x.txt"], "a [0-9]/*": ["z.txt"], "star */*.txt": ["w.txt"],
+    }.items():  # fmt: skip
+        assert [file.id for file in find_files([name])] == wanted, name
+    assert "a [1]/none.txt: no such file" in message(find_files, ["a [1]/none.txt"])
+
+
 def test_what_is_named_itself_must_be_a_file(tree):
     for name, wanted in {
         "in/pipe.txt": "not a regular file", "in/broken.txt": "cannot be read",
@@ -137,8 +152,10 @@ def test_what_is_named_itself_must_be_a_file(tree):
 
 def test_a_link_that_is_named_has_the_format_of_its_target(tree):
     write(tree / "rows.jsonl", rows({"text": "a"}, {"text": "b"}))
-    (tree / "latest").symlink_to("rows.jsonl")
-    assert read("latest") == ["a", "b"]
+    write(tree / "ROWS.JSONLINES", rows({"text": "a"}, {"text": "b"}))
+    for name, target in {"latest": "rows.jsonl", "older": "ROWS.JSONLINES"}.items():
+        (tree / name).symlink_to(target)
+        assert read(name) == ["a", "b"]
 
 
 def test_odd_bytes_in_names_are_reported(tmp_path, capfd):
@@ -414,6 +431,22 @@ def test_documents_without_tokens_are_skipped(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_vocabulary_of_nothing_says_what_was_left_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", rows({"text": None}, {"x": 1}))
+    options = dict(on_bad="skip", report=quiet)
+    for tokenizer in ("characters", "bytes", "bpe"):
+        text = message(prepare, tmp_path / "out", [path], tokenizer, **options)
+        assert "left out: 1 null text (first: a.jsonl:1" in text and "1 missing field" in text
+
+
+def test_separators_are_refused_where_they_are_not_chosen(tmp_path):
+    path = write(tmp_path / "a.txt", TEXT)
+    for tokenizer in ("characters", "bytes", "bpe"):
+        for flag, text in (("bos", "<s>"), ("eos", "none")):
+            words = message(prepare, tmp_path / "out", [path], tokenizer, **{flag: text})
+            assert words.startswith(f"--{flag}={text} is for a tokenizer that is loaded")
+
+
 # Interrupts, and the built-in corpus
 
 
@@ -458,6 +491,44 @@ def test_only_train_promises_to_go_on(monkeypatch, capsys, command, name):
     words = capsys.readouterr().err
     assert ("checkpoint" in words) == (name == "_train")
     assert "from the beginning" in words
+
+
+def test_a_reader_that_leaves_is_not_the_disk(tmp_path):
+    def left(line: str) -> None:
+        if line.startswith("tokenizer"):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        prepare(tmp_path / "out", [write(tmp_path / "a.txt", TEXT)], "bytes", report=left)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_run_goes_on_without_the_reader_of_its_lines(tmp_path):
+    """As in `jaxlm train x | head -1`: no traceback for each line that nobody reads."""
+    code = (
+        "import logging, sys, jaxlm.cli as cli\n"
+        "def run(args):\n"
+        "    logging.getLogger('jaxlm').setLevel(logging.INFO)\n"
+        "    sys.stdin.read()\n"
+        "    for _ in range(3): logging.getLogger('jaxlm').info('line')\n"
+        "cli._train = run\n"
+        "raise SystemExit(cli.main(['train', 'x']))\n"
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_an_interrupt_while_modules_load_is_one_line(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make_parser", interrupt)
+    assert cli.main(["data", "prepare"]) == 130
+    assert "interrupted before anything was done" in capsys.readouterr().err
 
 
 def test_a_corpus_is_made_at_its_own_place_only(tmp_path, monkeypatch):

@@ -150,6 +150,11 @@ def _run_show(args: argparse.Namespace) -> int:
             raise UserError(f"--{name}={getattr(args, flag)} is below {least}")
     opened = split.open_split(args.path, args.split)
     if args.split == "train":
+        if opened.tokens <= args.sequence_length:
+            raise UserError(
+                f"--sequence-length={args.sequence_length} is not below the {opened.tokens} tokens"
+                f" of split train of {args.path}; use a smaller one"
+            )
         packed = pack.pack(opened, args.sequence_length, args.seed)
     else:
         packed = pack.evaluation_items(opened, args.sequence_length)

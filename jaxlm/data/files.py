@@ -24,7 +24,7 @@ from typing import Any
 from jaxlm.config import UserError
 
 COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
-JSON = (".jsonl", ".ndjson", ".json")  # C4 and others name JSON lines .json
+JSON = (".jsonl", ".jsonlines", ".ndjson", ".json")  # C4 and others name JSON lines .json
 # What is taken from a directory besides JSON and Parquet; a file named itself may have any suffix.
 TEXT = frozenset(
     ".txt .text .md .rst .tex .html .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .sh"
@@ -181,8 +181,8 @@ def _expand(name: str, out: str | None, note: Note) -> Iterator[tuple[bool, str]
     """The files that one input names, each with whether a link led to it."""
     if os.path.lexists(name):
         base, pattern = name, ALL
-    elif glob.has_magic(name):
-        base, pattern = _split_glob(name)
+    elif parts := _split_glob(name):
+        base, pattern = parts
         if not os.path.isdir(base):
             raise UserError(f"{name}: matches no file")
     else:
@@ -196,10 +196,19 @@ def _expand(name: str, out: str | None, note: Note) -> Iterator[tuple[bool, str]
         yield os.path.islink(name), name
 
 
-def _split_glob(name: str) -> tuple[str, Pattern]:
-    """The directory before the first part with a wildcard, and the parts from there on."""
+def _split_glob(name: str) -> tuple[str, Pattern] | None:
+    """The directory before the first wildcard, and the parts from there on; None: no wildcard.
+
+    A part that exists as it is written, such as a directory named "a [1]", is no wildcard.
+    """
     parts = name.split("/")
-    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    first = 0
+    while first < len(parts) and (
+        not glob.has_magic(parts[first]) or os.path.lexists("/".join(parts[: first + 1]))
+    ):
+        first += 1
+    if first == len(parts):
+        return None
     base = "/".join(parts[:first]) or ("/" if first else ".")
     pattern: list[str] = [part for part in parts[first:] if part not in ("", ".")]
     if ".." in pattern:

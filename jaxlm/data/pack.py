@@ -43,7 +43,8 @@ def pack(split: Split, sequence_length: int, seed: int, segments: bool = True) -
     if num_items < 1:
         raise UserError(
             f"data.path={split.path}: split {split.name} has {split.tokens} tokens, fewer than"
-            f" batch.sequence_length + 1 = {sequence_length + 1}"
+            f" batch.sequence_length + 1 = {sequence_length + 1}; prepare more text, or use shorter"
+            " sequences"
         )
     _check_targets(split)
     # Raw bits, since NumPy promises their stream for all versions but not that of permutation().

@@ -159,6 +159,13 @@ def make_tokenizer(
     name: str, source: Source, vocab_size: int, bos: str = "auto", eos: str = "auto"
 ) -> Tokenizer:
     """The tokenizer that a name or path stands for; bpe learns from the training split only."""
+    if name in ("bpe", "bytes", "characters"):
+        for flag, text in (("bos", bos), ("eos", eos)):
+            if text != "auto":
+                raise UserError(
+                    f"--{flag}={text} is for a tokenizer that is loaded; --tokenizer={name} has"
+                    f" separators of its own; leave --{flag} out"
+                )
     if name == "bpe":
         texts = (document.text for split, document in source() if split == "train")
         return train_bpe(texts, vocab_size)
@@ -181,7 +188,11 @@ def _write(
 ) -> dict[str, Any]:
     """Build a dataset beside `out` and move it there when it is whole."""
     with _staged(out, overwrite) as directory:
-        tokenizer = make()
+        try:
+            tokenizer = make()
+        except UserError as error:
+            words = f"; left out: {in_words(skipped)}" if skipped else ""
+            raise UserError(f"{error}{words}") from None
         report(f"tokenizer: {tokenizer.vocab_size} tokens")
         _write_file(directory / "tokenizer.json", tokenizer.data)
         splits = _write_splits(directory, source, tokenizer, shard_tokens, report, skipped)
@@ -386,6 +397,8 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
             os.rename(final, old)
         os.rename(temporary, final)
         _sync_directory(final.parent)
+    except BrokenPipeError:  # of the reader of our output, and not of the disk
+        raise
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
     finally:  # after Ctrl-C too

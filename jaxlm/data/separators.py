@@ -73,7 +73,9 @@ def named(engine: Engine, name: str, flag: str) -> int | None:
     check_text(flag, name)
     token = engine.token_to_id(name)
     if token is None:
-        raise UserError(f"{flag}={name}: the tokenizer has no such token; or none")
+        raise UserError(
+            f"{flag}={name}: the tokenizer has no such token; name one that it has, or none"
+        )
     return token
 
 

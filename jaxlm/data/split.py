@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,7 +55,8 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     file = Path(path, "manifest.json")
     if not os.path.exists(path):
         raise UserError(
-            f"data.path={path} does not exist; make it with `jaxlm data prepare --out {path} FILES`"
+            f"data.path={path} does not exist; make it with"
+            f" `jaxlm data prepare --out {shlex.quote(os.fspath(path))} FILES`"
         )
     try:
         manifest = json.loads(file.read_bytes())
