@@ -294,15 +294,21 @@ def describe_run(config, mesh: Mesh, layout: Layout, structure: Structure, start
     )
 
 
-def closing_words(config: cfg.Config, run_dir: Path, start: int, prompt: str) -> str:
-    """What was made and what to try next, with a prompt that fits the data (empty: none)."""
+def closing_words(
+    config: cfg.Config, run_dir: Path, start: int, prompt: str, held_out: bool
+) -> str:
+    """What was made and what to try next.
+
+    `prompt` fits the data (empty: none); without held-out text no evaluation is suggested.
+    """
     if start >= config.steps:
         return f"{run_dir} is at step {start} already; set steps={2 * start} to go on"
     prompt = f" --prompt {shlex.quote(prompt)}" if prompt else ""
     where, out = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}/hugging-face")
+    evaluate = f"  jaxlm eval {where}\n" if held_out else ""
     return (
         f"done: {run_dir} has metrics.jsonl, samples.jsonl and checkpoints. Try next:\n"
         f"  jaxlm generate {where}{prompt}\n"
-        f"  jaxlm eval {where}\n"
+        f"{evaluate}"
         f"  jaxlm export {where} {out}"
     )

@@ -246,7 +246,8 @@ def train(config: cfg.Config) -> None:
             if start < config.steps:
                 log.compare(config.steps, prediction)
             with metrics.only_informs("no closing words"):
-                log.say(metrics.closing_words(config, run_dir, start, example))
+                can_evaluate = held_out is not None
+                log.say(metrics.closing_words(config, run_dir, start, example, can_evaluate))
 
 
 def predict(config: cfg.Config, mesh: Mesh, structure: Structure) -> dict[str, Any]:

@@ -196,7 +196,10 @@ def closing(tmp_path, text, data=None):
         prepare(made, [tmp_path / "text.txt"], "bytes", validation_fraction=0, overwrite=True)
     config = tiny.config("llama", f"data.path={made}", "data.corpus=python-stdlib")
     prompt = example_prompt(config, load_tokenizer(made), open_split(made, "train"))
-    return metrics.closing_words(config, Path("run"), 0, prompt)
+    words = metrics.closing_words(config, Path("run"), 0, prompt, True)
+    unheld = metrics.closing_words(config, Path("run"), 0, prompt, False)
+    assert "  jaxlm eval run\n" in words and "eval" not in unheld and "export run" in unheld
+    return words
 
 
 def test_texts_end_where_those_of_the_first_weights_did(tmp_path, data):

@@ -288,6 +288,12 @@ def test_json_that_is_no_json_lines(tmp_path, monkeypatch, piece, indent):
         "array.json": array, "array.jsonl": f" \n{array}\n\n", "empty_array.json": "[ ]",
         "objects.json": "\n".join(json.dumps(record, indent=1) for record in records),
         "object.json": json.dumps(records[0], indent=1),
+        "one_line.json": "".join(json.dumps(record) for record in records),
+        "rows_of_objects.json": " ".join(json.dumps(record) for record in records[:3])
+        + "".join("\n" + json.dumps(record) for record in records[3:]),
+        "broken_lines.json": "\n".join(
+            json.dumps(record).replace(": ", ":\n") for record in records
+        ),
     }.items():  # fmt: skip
         wanted = {"empty_array.json": [], "object.json": [TEXT]}.get(name, texts)
         assert read(write(tmp_path / name, data)) == wanted, name

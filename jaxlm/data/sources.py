@@ -140,15 +140,31 @@ def _json(file: File, text_field: str, on_bad: OnBad) -> Iterator[Document]:
 
 
 def _spread(head: bytes) -> bool:
-    """Whether a JSON file that begins like this holds an array, or objects of several lines."""
+    """Whether a JSON file that begins like this is no JSON lines.
+
+    It holds an array, an object of several lines, or several objects on a line.
+    """
     first, _, rest = head.lstrip().partition(b"\n")
+    if first.startswith(b"{"):
+        return _ends_elsewhere(first.decode("utf-8", "replace").rstrip(), rest)
     if not first.startswith(b"["):
-        return first.strip() == b"{"
+        return False
     try:
         json.loads(first)
     except (ValueError, RecursionError):
         return True
     return not rest.strip()  # an array with lines behind it is one of these lines
+
+
+def _ends_elsewhere(line: str, rest: bytes) -> bool:
+    """Whether the object that a line begins with ends on a later line, or before another one."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(line)
+        return line[end:].lstrip().startswith("{")
+    except json.JSONDecodeError as error:  # a broken row has whole rows behind it
+        return error.pos >= len(line) and not rest.lstrip().startswith(b"{")
+    except (ValueError, RecursionError):
+        return False
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
