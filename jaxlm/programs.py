@@ -32,17 +32,19 @@ def keep() -> None:
         return
     if not jax.config.jax_enable_compilation_cache:
         return
+    own_size = "JAX_COMPILATION_CACHE_MAX_SIZE" in os.environ
     try:
         folder = (user_cache() / "programs").resolve()
         _make(folder)
         _refuse_open(folder)
-    except (OSError, cfg.UserError) as error:
+        if not own_size:
+            _drop_unfinished(folder)
+    except (OSError, RuntimeError, cfg.UserError) as error:  # RuntimeError: links in a circle
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         logger.info("compiled programs are not kept: %s", reason)
         return
-    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+    if not own_size:
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-        _drop_unfinished(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.monitoring.register_event_duration_secs_listener(_say_loaded)
 
@@ -54,9 +56,13 @@ def _say_loaded(event: str, duration_secs: float, **_) -> None:
 
 
 def user_cache() -> Path:
-    """jaxlm's directory in the user's cache, made if it can be; UserError without a home."""
+    """jaxlm's directory in the user's cache, made if it can be; UserError without a home.
+
+    A relative XDG_CACHE_HOME is ignored, as https://specifications.freedesktop.org/basedir says.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = base if os.path.isabs(base) else Path.home() / ".cache"
     except RuntimeError as error:  # a user without an entry in the system's list, as in containers
         raise cfg.UserError(
             "there is no home directory; set HOME or XDG_CACHE_HOME to a directory"

@@ -342,10 +342,16 @@ def run(config: cfg.Config, meshes: Sequence[Sizes], as_json: bool) -> bool:
     """`jaxlm verify-layout`: print a row for each mesh; whether all are equal."""
     results = list(verify_layout(config, meshes))
     if as_json:
-        print(json.dumps([dataclasses.asdict(result) for result in results]))
+        print(json.dumps([to_dict(result) for result in results], allow_nan=False))
     else:
         _print_table(results)
     return all(result.equal for result in results)
+
+
+def to_dict(result: Result) -> dict[str, Any]:
+    """A result as plain data; null for an error that is no number, as NaN is."""
+    finite = {name: e if math.isfinite(e) else None for name, e in result.errors.items()}
+    return dataclasses.asdict(result) | {"errors": finite}
 
 
 def _print_table(results: list[Result]) -> None:

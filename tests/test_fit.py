@@ -1,12 +1,13 @@
 """Edits that make a config fit are confirmed by a compile, and cost what they say."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
 
-from jaxlm import configfile
-from jaxlm.plan import estimate, fit
+from jaxlm import cli, configfile
+from jaxlm.plan import compiled, estimate, fit
 from jaxlm.plan.compiled import CompileError
 from jaxlm.plan.target import parse_target
 from jaxlm.validate import validate
@@ -100,3 +101,19 @@ def test_what_the_compiler_refuses_does_not_fit_whatever_its_peak(limit):
     first = lambda config: (measure if config.mesh.fsdp > 1 else refused)(config)
     edits = fit.propose(load(), TARGET, first, figures)
     assert edits and all("mesh.fsdp=2" in edit.overrides for edit in edits)
+
+
+def test_what_is_printed_has_its_brackets_and_can_be_pasted(monkeypatch, capsys):
+    buffer = {"bytes": 8.0, "kind": "saved", "name": "f.1", "shape": "f32[2]", "source": "a[/b]:1"}
+    result = {"refused": None, "largest": [buffer], "cost": None}
+    names = {"remat.policy": "names", "remat.names": ("attention",), "remat.offload": ()}
+    edits = [fit.Edit(fit.overrides(names), 1e9, 1.1, 1.0)]
+    monkeypatch.setattr(compiled, "measure", lambda *_: result)
+    monkeypatch.setattr(fit, "propose", lambda *_: edits)
+    assert cli.main(["plan", str(TINY), "target=cpu:8", "mesh.data=8", "--fit"]) == 0
+    out = capsys.readouterr().out
+    assert "f32[2]" in out and "a[/b]:1" in out
+    line = next(line for line in out.splitlines() if line.startswith("remat"))
+    pasted = shlex.split(line.split(":")[0])
+    again = configfile.load(TINY, pasted).remat
+    assert (again.policy, again.names, again.offload) == ("names", ("attention",), ())

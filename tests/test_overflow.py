@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from jaxlm import cli, configfile
-from jaxlm.plan import compiled, overflow, page, plan, report
+from jaxlm.plan import compiled, cost, overflow, page, plan, report
 from jaxlm.plan.target import parse_target
 
 TINY = Path(__file__).parent / "configs" / "llama.yaml"
@@ -127,3 +128,29 @@ def test_a_refusal_without_a_program_is_planned_by_formulas(tmp_path, monkeypatc
     assert "needs 18.2 GB of 16.9 GB" in page.page(found)
     measured = plan.measure_seconds(config, target)
     assert measured["peak_bytes"] == pytest.approx(said.needed_bytes) and measured["refused"]
+    # Far from the formulas, what they leave unexplained may be below zero: then it has no bar.
+    below = found["memory"] | {"classes": {"unexplained": -1e9}}
+    assert "width:0.00%" in page.page(found | {"memory": below})
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 200_000, '{"cost": 1}', '{"cost": null, "refused": null}', '{"refused": {}, "cost": {}}',
+])  # fmt: skip
+def test_a_damaged_result_in_the_cache_is_compiled_again(tmp_path, monkeypatch, text):
+    config = configfile.load(TINY, ["mesh.fsdp=8", f"plan.cache={tmp_path}"])
+    target = parse_target("cpu:8")
+    taken = plan.make_plan(config, target, analytic=True).cost
+    good = {
+        "attention": "xla", "trace_seconds": 1.0, "compile_seconds": 1.0, "code_bytes": 0.0,
+        "peak_bytes": 1.0, "cost": cost.to_json(taken), "warnings": [], "largest": [],
+        "refused": None,
+    }  # fmt: skip
+    done = subprocess.CompletedProcess([], 0, json.dumps(good), "")
+    runs = []
+    monkeypatch.setattr(compiled, "_run_worker", lambda *_: runs.append(1) or done)
+    assert not compiled.measure(config, target)["cached"]
+    assert compiled.measure(config, target)["cached"] and len(runs) == 1
+    (kept,) = tmp_path.glob("compiled-*.json")
+    kept.write_text(text)
+    assert not compiled.measure(config, target)["cached"] and len(runs) == 2
+    assert compiled.measure(config, target)["cached"]

@@ -93,6 +93,30 @@ def test_a_file_in_its_place_and_a_missing_home_are_one_line(keep, tmp_path, mon
     assert keep()[1][0].endswith("set HOME or XDG_CACHE_HOME to a directory")
 
 
+def test_a_cache_that_is_no_absolute_path_is_not_made_in_the_working_directory(
+    keep, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for text in ("relative", "~/cache", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", text)
+        assert keep() == (str(tmp_path / "home" / ".cache" / "jaxlm" / "programs"), [])
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_links_in_a_circle_and_what_cannot_be_removed_are_one_line(keep, tmp_path):
+    (tmp_path / "cache").symlink_to(tmp_path / "cache")
+    where, lines = keep()
+    assert where is None and lines[0].startswith("compiled programs are not kept: ")
+    (tmp_path / "cache").unlink()
+    folder = tmp_path / "cache" / "jaxlm" / "programs"
+    assert keep()[0] == str(folder)
+    (folder / "a-cache").mkdir()
+    where, lines = keep()
+    assert where is None and f"{folder}/a-cache: " in lines[0]
+
+
 def test_what_the_user_chose_is_left_alone(keep, tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", "chosen")
     programs.keep()

@@ -132,6 +132,15 @@ def test_a_compile_that_fails_is_marked_and_the_search_goes_on():
     assert search.chosen(found) is found.ranked[0]
 
 
+def test_a_search_of_which_nothing_fits_once_compiled_is_one_line():
+    ranked = [candidate(1.0, 10.0, 1), candidate(2.0, 20.0, 2, fits=False)]
+    refused = {"refused": {"needed_bytes": 9e9}, "peak_bytes": 9e9, "step_seconds": 1.0}
+    measure = lambda config: refused | {"limit": "x"}
+    found = search.compile_best(search.Search(2, 0, ranked), 3, 50.0, measure, lambda _: None)
+    with pytest.raises(cfg.UserError, match="1 did by formulas.*9.0 GB, does not fit; use"):
+        search.chosen(found)
+
+
 def test_what_the_compiler_refuses_does_not_fit_and_the_search_goes_on():
     ranked, said = [candidate(1.0 + n, 10.0 - n, 2**n) for n in range(3)], []
 

@@ -376,3 +376,14 @@ def test_the_command(capsys, monkeypatch):
     assert cli.main([*map(str, arguments[:-1])]) == 1
     out = capsys.readouterr().out
     assert "DIFFERS" in out and "data=2: gradient of groups.0.0.up by 1 in float64" in out
+
+
+def test_an_error_that_is_not_a_number_is_null_in_json(capsys, monkeypatch):
+    found = verify.Result(
+        "data=2", 2, (1,), False, "float64", {"loss": float("nan"), "gradient": 0.5}, {}, "loss"
+    )
+    monkeypatch.setattr(verify, "verify_layout", lambda *_: [found])
+    assert not verify.run(tiny.config("llama"), [{"data": 2}], as_json=True)
+    strict = functools.partial(json.loads, parse_constant=pytest.fail)
+    (row,) = strict(capsys.readouterr().out)
+    assert row["errors"] == {"loss": None, "gradient": 0.5} and not row["equal"]

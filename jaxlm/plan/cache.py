@@ -89,7 +89,7 @@ def read(config: cfg.Config, name: str) -> dict | None:
     """A kept result; None where there is none, or where its file is damaged."""
     try:
         found = json.loads((directory(config) / f"{name}.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

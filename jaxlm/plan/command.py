@@ -168,7 +168,7 @@ def _fit(args, config: cfg.Config, target) -> int:
     if result["largest"]:
         report.show_table(console, report.largest(result["largest"]))
     for edit in edits:
-        console.print(fit.describe(edit), soft_wrap=True)
+        console.print(fit.describe(edit), markup=False, soft_wrap=True)
     return 0 if edits else 1
 
 

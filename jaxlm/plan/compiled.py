@@ -33,6 +33,7 @@ from jaxlm.state import abstract_state
 from jaxlm.train import Program, make_program
 
 LARGEST = 12  # buffers that are named
+NUMBERS = ("trace_seconds", "compile_seconds", "peak_bytes", "code_bytes")
 # XLA:GPU writes its estimates into the program's text.
 GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_collect_cost_model_stats": True}
 SURFACED = "nvoluntary full rematerialization"  # a reshard that XLA cannot do without a full copy
@@ -120,7 +121,7 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
     config = cache.settled(config, target)
     name = cache.key(config, "compiled", target=target.text)
     kept = cache.read(config, name)
-    if kept is not None and "cost" in kept:
+    if kept is not None and _is_whole(kept):
         return kept | {"cached": True}
     with tempfile.TemporaryDirectory(prefix="jaxlm-plan-") as folder:
         path = Path(folder) / "config.yaml"
@@ -133,6 +134,22 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
     found["warnings"] += dict.fromkeys(surfaced)  # a refused program was compiled twice
     cache.write(config, name, found)
     return found | {"cached": False}
+
+
+def _is_whole(kept: dict[str, Any]) -> bool:
+    """Whether a kept result has what `report` makes; a file that does not is damaged."""
+    try:
+        taken = cost.from_json(kept["cost"]).peak if kept["cost"] else 0.0
+        needed = overflow.Refusal(**kept["refused"]).needed_bytes if kept["refused"] else 0.0
+        numbers = [taken, needed, *(kept[name] for name in NUMBERS)]
+        text = kept["attention"], *kept["warnings"], *(row["name"] for row in kept["largest"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return (
+        bool(kept["cost"] or kept["refused"])
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(isinstance(each, str) for each in text)
+    )
 
 
 def _run_worker(path: Path, target: Target, timeout: float) -> subprocess.CompletedProcess:

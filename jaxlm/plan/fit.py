@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,7 +121,7 @@ def overrides(edit: dict[str, Any]) -> tuple[str, ...]:
 def describe(edit: Edit) -> str:
     """An edit in a line, with its price."""
     return (
-        f"{' '.join(edit.overrides)}: {size(edit.peak_bytes)}, a step of "
+        f"{shlex.join(edit.overrides)}: {size(edit.peak_bytes)}, a step of "
         f"{duration(edit.step_seconds)} ({edit.price:+.1%}); compiled"
     )
 

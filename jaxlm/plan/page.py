@@ -72,7 +72,7 @@ def _bars(title: str, note: str, rows: list[tuple[str, str, float]], bad: bool =
     """Rows of (name, value in words, share of the whole)."""
     cells = "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td>"
-        f'<td class="bar"><div style="width:{min(1.0, share):.2%}"></div></td></tr>'
+        f'<td class="bar"><div style="width:{min(1.0, max(0.0, share)):.2%}"></div></td></tr>'
         for name, value, share in rows
     )
     mark = ' class="bad"' if bad else ""

@@ -172,7 +172,7 @@ def largest(buffers: list[dict[str, Any]]) -> Table:
     for row in buffers:
         table.add_row(
             size(row["bytes"]), row["kind"], escape(row["name"]), escape(row["shape"]),
-            row["source"],
+            escape(row["source"]),
         )  # fmt: skip
     return table
 

@@ -246,8 +246,18 @@ def describe(candidate: Candidate) -> str:
 
 
 def chosen(search: Search) -> Candidate:
-    """The best of a search: compiled where one of those fits, else by formulas."""
+    """The best of a search: compiled where one of those fits, else by formulas.
+
+    UserError where all that fit by formulas were compiled, and none of them fits.
+    """
     usable = [one for one in search.ranked if one.fits and not one.failure]
+    if not usable:
+        tried = sum(bool(one.compiled or one.failure) for one in search.ranked)
+        raise cfg.UserError(
+            f"none of {search.looked} candidates fits: {tried} did by formulas, but not when "
+            f"compiled; the first of these is {describe(search.ranked[0])}; use more devices or "
+            "fewer batch.sequences"
+        )
     return next((one for one in usable if one.compiled), usable[0])
 
 
