@@ -311,7 +311,11 @@ def _orthogonalize_group(x_GBRCmn: jax.Array, stack: Axes, rows: Axes, columns: 
     for axis in _axes():
         if axis not in stack + pieces and B > _devices(pieces + copies):
             copies += (axis,)
-    x_GBRCmn = jnp.pad(x_GBRCmn, [(0, 0), (0, -B % _devices(pieces + copies))] + [(0, 0)] * 4)
+    if short := -B % _devices(pieces + copies):
+        x_GBRCmn = jnp.pad(x_GBRCmn, [(0, 0), (0, short)] + [(0, 0)] * 4)
+        # Without this XLA:CPU (jax 0.12) rewrites the pad and the all-to-all to a wrong program,
+        # which its verifier refuses.
+        x_GBRCmn = jax.lax.optimization_barrier(x_GBRCmn)
     padded, whole = x_GBRCmn.shape[1], (stack, copies + pieces)
     x_GBKmn = _reshape(x_GBRCmn, (G, padded, R * C, m, n), stack, (), pieces)
     x_GBKmn = _reshard(x_GBKmn, stack, copies, pieces)  # each copy takes a part: no traffic

@@ -290,6 +290,16 @@ MUON_COLLECTIVES = [
 ]
 
 
+def test_muon_of_fewer_matrices_than_devices_that_cut_them():
+    """The smallest program that XLA:CPU refused: one matrix on each stage, in four pieces."""
+    dims, x = {"w": "layers embed mlp"}, np.random.default_rng(0).standard_normal((2, 32, 48))
+    update = jax.jit(lambda w: optim.orthogonalize({"w": w + w}, dims)["w"])
+    single = np.asarray(update(jnp.float32(x)))
+    with jax.set_mesh(make_mesh(dict(stage=2, fsdp=2, tensor=2))):
+        sharded = update(jax.device_put(jnp.float32(x), P("stage", "fsdp", "tensor")))
+    np.testing.assert_allclose(np.asarray(sharded), single, atol=3.4445**5 * 2**-24)
+
+
 @pytest.mark.parametrize("shape, expected", list(zip(MESHES, MUON_COLLECTIVES, strict=True)))
 def test_muon_collectives(shape, expected):
     """Three shapes, 16 x 16, 8 x 16 and 16 x 24: each goes there and back once."""
