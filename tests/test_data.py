@@ -23,6 +23,7 @@ import tokenizers
 import zstandard
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import message
 
 from jaxlm.config import Batch, UserError
 from jaxlm.data import check_vocab, open_split, prepare_corpus, sources
@@ -90,15 +91,6 @@ def root(tmp_path_factory) -> Path:
     engine.save(str(root / "tokenizer.json"))
     prepare(root / "two", [texts], str(root / "tokenizer.json"), bos="<s>", eos="</s>", **options)
     return root
-
-
-def message(call, *args, **kwargs) -> str:
-    """The one line of the UserError that a call raises."""
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
 
 
 # Sources

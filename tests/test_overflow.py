@@ -65,7 +65,7 @@ def test_other_failures_are_no_refusals(message):
     assert overflow.read_message(message) is None
     error = RuntimeError(message)
     with pytest.raises(RuntimeError) as raised:
-        overflow.explain(None, error)  # type: ignore
+        overflow.explain(None, error)
     assert raised.value is error
 
 

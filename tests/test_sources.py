@@ -20,9 +20,9 @@ import pyarrow.parquet as parquet
 import pytest
 import tokenizers
 import zstandard
+from tiny import message
 
 from jaxlm import cli, run
-from jaxlm.config import UserError
 from jaxlm.data import open_split, sources
 from jaxlm.data.files import Tally, find_files
 from jaxlm.data.prepare import prepare
@@ -39,15 +39,6 @@ MAKERS = {
 
 def quiet(line: str) -> None:
     """Drop a line of progress."""
-
-
-def message(call, *args, **kwargs) -> str:
-    """The one line of the UserError that a call raises."""
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
 
 
 def read(*inputs: str | Path, **kwargs) -> list[str]:

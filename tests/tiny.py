@@ -8,8 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from jaxlm import configfile
+from jaxlm.config import UserError
 from jaxlm.data import load, open_split
 from jaxlm.data.prepare import prepare
 from jaxlm.sharding import batch_shardings, sequence_order
@@ -85,3 +87,12 @@ def records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
 def losses(run_dir: Path) -> dict[int, float]:
     """step -> training loss of a run."""
     return {r["step"]: r["loss"] for r in records(run_dir) if "loss" in r}
+
+
+def message(call, *args, **kwargs) -> str:
+    """The one line of the UserError that a call raises."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text and text
+    return text

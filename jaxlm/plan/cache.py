@@ -25,7 +25,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "ja
 
 def directory(config: cfg.Config) -> Path:
     """Where results are kept: plan.cache, or jaxlm's part of the user's cache."""
-    return Path(config.plan.cache).expanduser() if config.plan.cache else programs.user_cache()
+    return Path(config.plan.cache) if config.plan.cache else programs.user_cache()
 
 
 def settled(config: cfg.Config, target: Target) -> cfg.Config:
