@@ -129,10 +129,10 @@ def _any_file(patterns: tuple[str, ...]) -> bool:
 def _cuda_plugins() -> list[str]:
     """Modules of jax's CUDA plugins that are installed."""
     try:
-        import jax_plugins
+        plugins = importlib.import_module("jax_plugins")
     except ImportError:  # no plugin at all
         return []
-    found = pkgutil.iter_modules(jax_plugins.__path__, "jax_plugins.")
+    found = pkgutil.iter_modules(plugins.__path__, "jax_plugins.")
     return [module.name for module in found if module.name.startswith("jax_plugins.xla_cuda")]
 
 

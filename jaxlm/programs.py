@@ -28,9 +28,9 @@ def keep() -> None:
 
     A directory that the user chose himself (JAX_COMPILATION_CACHE_DIR) is left as it is.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return
     own_size = "JAX_COMPILATION_CACHE_MAX_SIZE" in os.environ
     try:
@@ -51,7 +51,7 @@ def keep() -> None:
 
 def _say_loaded(event: str, duration_secs: float, **_) -> None:
     if event == "/jax/compilation_cache/compile_time_saved_sec":
-        folder = jax.config.jax_compilation_cache_dir
+        folder = jax.config.values["jax_compilation_cache_dir"]
         logger.info("a program is loaded from %s (saves %.0f s)", folder, max(duration_secs, 0.0))
 
 
