@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from jaxlm import configfile
+from jaxlm.hardware.target import parse_target
 from jaxlm.plan import calibrate, compiled, cost, estimate, roofline
-from jaxlm.plan.target import parse_target
 from jaxlm.validate import resolve_mesh
 
 WIDE = ["model.embed_dim=256", "model.num_heads=8", "model.num_kv_heads=4", "model.mlp_dim=704"]

@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 
 from jaxlm import configfile
+from jaxlm.hardware.target import parse_target
+from jaxlm.mesh import open_mesh
 from jaxlm.plan import memory as analytic
-from jaxlm.plan.compiled import trace_train_step
-from jaxlm.plan.target import parse_target
-from jaxlm.state import model_structure, open_mesh
-from jaxlm.train import make_program
+from jaxlm.program import make_program, trace_train_step
+from jaxlm.state import model_structure
 
 LAYOUTS = Path(__file__).parent.parent / "configs" / "layouts"
 TARGETS = ("cpu:8", "v5e:2x4", "h100:1x8")

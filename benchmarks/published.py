@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from jaxlm import configfile
+from jaxlm.hardware.target import parse_target
 from jaxlm.plan import plan
-from jaxlm.plan.target import parse_target
 
 LLAMA2_70B = [
     "mesh.fsdp=256", "mesh.tensor=1", "batch.sequence_length=4096", "model.vocab_size=32000",

@@ -19,9 +19,9 @@ import numpy as np
 
 from jaxlm import config as cfg
 from jaxlm import configfile
+from jaxlm.hardware.target import Target, parse_target
 from jaxlm.plan import analytic, compiled, estimate, roofline, search
 from jaxlm.plan.cost import Cost, from_json
-from jaxlm.plan.target import Target, parse_target
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SEED = 0

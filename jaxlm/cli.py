@@ -313,10 +313,10 @@ def _show(args) -> None:
 def _check(args) -> None:
     import jax
 
-    from jaxlm import lint
-    from jaxlm.parallel import pipeline
-    from jaxlm.plan.target import parse_target
-    from jaxlm.state import model_structure, open_mesh
+    from jaxlm import lint, pipeline
+    from jaxlm.hardware.target import parse_target
+    from jaxlm.mesh import open_mesh
+    from jaxlm.state import model_structure
 
     found = parse_target(args.target).devices() if args.target else None
     config = _start(args, args.config)

@@ -15,13 +15,12 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
 from jaxlm import config as cfg
-from jaxlm import devices, run
+from jaxlm import devices, pipeline, run
 from jaxlm.data import Split, check_vocab, load_tokenizer, open_split
 from jaxlm.data.load import evaluation_batches
 from jaxlm.data.pack import predicted_bytes
 from jaxlm.interop import carried
 from jaxlm.loss import batch_losses, split_batch
-from jaxlm.parallel import pipeline
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import Arrays, Structure
 

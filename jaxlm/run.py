@@ -29,6 +29,7 @@ from jaxlm.data import (
 )
 from jaxlm.data.split import read_tokens
 from jaxlm.interop import carried
+from jaxlm.mesh import open_mesh
 from jaxlm.sharding import Layout, place
 from jaxlm.state import (
     Arrays,
@@ -38,7 +39,6 @@ from jaxlm.state import (
     create_state,
     init_params,
     model_structure,
-    open_mesh,
     trained,
 )
 

@@ -1,4 +1,4 @@
-"""The mesh, and Layout: which mesh axes each array dimension lives on.
+"""Layout: which mesh axes each array dimension lives on.
 
 A weight has two homes. At rest it is spread over every axis that can hold it (`storage`); in use it
 has the sharding of the computation (`rules`). `Layout.gather` is the way from one to the other, and
@@ -22,55 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
 
 from jaxlm import config as cfg
 
 P = PartitionSpec
 SUMMED = "summed"  # the name, for remat, of products that were summed over devices
 PRODUCT = "product"  # and of products that remat cannot tell from those of attention
-
-
-def make_mesh(sizes: dict[str, int], dcn: dict[str, int], devices: list | None = None) -> Mesh:
-    """A mesh with all seven axes; `dcn` factors run across slices (TPU) or processes (others)."""
-    from jax.experimental import mesh_utils
-
-    devices = list(jax.devices()) if devices is None else list(devices)
-    shape = [sizes[axis] for axis in cfg.AXES]
-    outer = [dcn.get(axis, 1) for axis in cfg.AXES]
-    if math.prod(outer) == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    else:
-        grid = _hybrid_grid(shape, outer, devices)
-    return Mesh(grid, cfg.AXES, axis_types=(AxisType.Explicit,) * len(cfg.AXES))
-
-
-def _hybrid_grid(shape: list[int], outer: list[int], devices: list) -> np.ndarray:
-    """Devices of one granule (slice or process) stay together in the inner factor of every axis."""
-    from jax.experimental import mesh_utils
-
-    inner = [size // factor for size, factor in zip(shape, outer, strict=True)]
-    sliced = len({getattr(d, "slice_index", None) for d in devices}) > 1
-    count = len({d.slice_index if sliced else d.process_index for d in devices})
-    if count > 1 and math.prod(outer) != count:
-        factors = " x ".join(f"{a}={n}" for a, n in zip(cfg.AXES, outer, strict=True) if n > 1)
-        raise cfg.UserError(
-            f"mesh.dcn: {factors} is {math.prod(outer)}, and the devices are in {count} "
-            f"{'slices' if sliced else 'processes'}; make the product {count}"
-        )
-    if count > 1:
-        return mesh_utils.create_hybrid_device_mesh(
-            inner, outer, devices, process_is_granule=not sliced,
-            allow_split_physical_axes=True,
-        )  # fmt: skip
-    # One process simulating several: consecutive devices form a granule.
-    grid = np.array(devices).reshape([*outer, *inner])
-    order = [
-        i
-        for pair in zip(range(len(outer)), range(len(outer), 2 * len(outer)), strict=True)
-        for i in pair
-    ]
-    return grid.transpose(order).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +43,7 @@ class Layout:
     reduce: str = "float32"
     remat: cfg.Remat = cfg.Remat()
     attention: cfg.Attention = cfg.Attention(backend="xla")
-    experts: str = "padded"  # how their rows are exchanged: parallel/experts.py
+    experts: str = "padded"  # how their rows are exchanged: models/experts.py
 
     def size(self, dim: str) -> int:
         """Devices that dimension `dim` is split over, in use."""

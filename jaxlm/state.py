@@ -17,12 +17,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import attention
 from jaxlm import config as cfg
 from jaxlm.models.decoder import Decoder
-from jaxlm.parallel import experts
-from jaxlm.sharding import Layout, make_layout, make_mesh, place, stacked_dims
-from jaxlm.validate import resolve_mesh, validate
+from jaxlm.sharding import Layout, place, stacked_dims
 
 Arrays = dict[str, jax.Array]
 
@@ -123,12 +120,3 @@ def create_state(config, layout: Layout, optimizer, mesh: Mesh) -> State:
     """The state at step 0 on the mesh; every array is born sharded."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout, optimizer, mesh))
     return jax.jit(lambda: init_state(config, layout, optimizer), out_shardings=shardings)()
-
-
-def open_mesh(config: cfg.Config, devices: list | None = None) -> tuple[Mesh, Layout]:
-    """The mesh and layout that a config names, checked against the devices that there are."""
-    devices = jax.devices() if devices is None else devices
-    validate(config, len(devices))
-    sizes = resolve_mesh(config.mesh, len(devices))
-    mesh = make_mesh(sizes, config.mesh.dcn, devices)
-    return mesh, make_layout(config, sizes, attention.choose(config, mesh), experts.choose(mesh))

@@ -29,10 +29,11 @@ from jaxlm import config as cfg
 from jaxlm import optim
 from jaxlm.data.pack import FIELDS
 from jaxlm.loss import UPDATE, update_fixed
+from jaxlm.mesh import open_mesh
+from jaxlm.program import loss_and_grads, make_updates
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.shrink import own_mesh, replace_mesh, shrink
-from jaxlm.state import State, create_state, model_structure, open_mesh
-from jaxlm.train import loss_and_grads, make_updates
+from jaxlm.state import State, create_state, model_structure
 from jaxlm.validate import validate
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.plan.target import parse_target
+from jaxlm.hardware.target import parse_target
 
 N, L, K = 256, 5, 3  # width, layers, microbatches
 

@@ -7,10 +7,9 @@ import json
 import sys
 
 from jaxlm import configfile
-from jaxlm.plan import hlo, liveness
-from jaxlm.plan.compiled import trace_train_step
-from jaxlm.plan.target import parse_target
-from jaxlm.train import make_program
+from jaxlm.hardware.target import parse_target
+from jaxlm.program import make_program, trace_train_step
+from jaxlm.xla import hlo, liveness
 
 
 def split(config, target: str) -> liveness.Split:

@@ -7,12 +7,12 @@ import pytest
 import tiny
 
 from jaxlm import configfile
+from jaxlm.hardware.target import parse_target
 from jaxlm.models import llama
-from jaxlm.plan import analytic, hlo
-from jaxlm.plan.account import count_flops
-from jaxlm.plan.compiled import trace_train_step
-from jaxlm.plan.target import parse_target
-from jaxlm.train import make_program
+from jaxlm.plan import analytic
+from jaxlm.program import make_program, trace_train_step
+from jaxlm.xla import hlo
+from jaxlm.xla.account import count_flops
 
 FSDP = Path(__file__).parent.parent / "configs" / "layouts" / "fsdp.yaml"
 

@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding
 from jaxlm import attention, configfile
 from jaxlm import config as cfg
 from jaxlm.attention import chunked, splash, xla
-from jaxlm.sharding import make_layout, make_mesh
+from jaxlm.mesh import make_mesh
+from jaxlm.sharding import make_layout
 from jaxlm.validate import resolve_mesh
 
 LLAMA = Path(__file__).parent / "configs/llama.yaml"

@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 from jaxlm import configfile
+from jaxlm.hardware.target import parse_target
 from jaxlm.plan import cache
-from jaxlm.plan.target import parse_target
 
 AUDIT = Path(__file__).parent / "audit"
 LLAMA = str(tiny.CONFIGS / "llama.yaml")

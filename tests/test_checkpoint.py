@@ -17,9 +17,10 @@ import pytest
 
 from jaxlm import checkpoint, configfile
 from jaxlm import config as cfg
+from jaxlm.mesh import open_mesh
 from jaxlm.models import llama
 from jaxlm.optim import make_optimizer
-from jaxlm.state import State, abstract_state, create_state, model_structure, open_mesh
+from jaxlm.state import State, abstract_state, create_state, model_structure
 
 # After a failure Orbax leaves behind reads and writes whose event loop is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -18,10 +18,10 @@ import pytest
 
 from jaxlm import attention, configfile
 from jaxlm import config as cfg
-from jaxlm.plan import collectives as traffic
+from jaxlm.hardware.target import AbsentDevice, parse_target
 from jaxlm.plan import compiled as compiler
-from jaxlm.plan import hlo
-from jaxlm.plan.target import AbsentDevice, parse_target
+from jaxlm.xla import collectives as traffic
+from jaxlm.xla import hlo
 
 CONFIGS = Path(__file__).parent / "configs"
 WEIGHTS, NORMS, TABLES = 7, 3, 2  # of a layer: q k v o gate up down; norms with the final one

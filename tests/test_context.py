@@ -17,9 +17,9 @@ from test_attention import forward_and_gradients, open_layout
 
 from jaxlm import attention
 from jaxlm.attention import xla
-from jaxlm.plan.collectives import find_collectives
-from jaxlm.plan.hlo import parse
 from jaxlm.sharding import sequence_order
+from jaxlm.xla.collectives import find_collectives
+from jaxlm.xla.hlo import parse
 
 VARIANTS = ("ring", "all_gather", "all_to_all")
 LENGTH, WIDTH = 64, 8

@@ -22,9 +22,9 @@ from jaxlm.data.load import evaluation_batches
 from jaxlm.data.pack import predicted_bytes
 from jaxlm.data.prepare import prepare
 from jaxlm.data.tokenize import load_tokenizer, make_bytes, make_characters, train_bpe
+from jaxlm.program import make_program
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import create_state
-from jaxlm.train import make_program
 
 TEXTS = [
     "12345",

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from jaxlm import cli, configfile
+from jaxlm.hardware.target import parse_target
 from jaxlm.plan import compiled, estimate, fit
 from jaxlm.plan.compiled import CompileError
-from jaxlm.plan.target import parse_target
 from jaxlm.validate import validate
 
 TINY = Path(__file__).parent / "configs" / "llama.yaml"

@@ -21,8 +21,9 @@ from tokenizers import normalizers
 from jaxlm import devices, generate
 from jaxlm.config import Devices, UserError
 from jaxlm.data.tokenize import decode, encode, load_tokenizer, make_bytes, make_characters
+from jaxlm.mesh import open_mesh
 from jaxlm.models.decoder import logits
-from jaxlm.state import model_structure, open_mesh
+from jaxlm.state import model_structure
 
 MODEL = ["model.tie_embeddings=false"]  # 300 of 384 rows of the vocabulary are real
 MESHES = {

@@ -13,10 +13,10 @@ from known_programs import K, L, N
 from test_compile import needs_cuda, needs_tpu
 
 from jaxlm.config import AXES
-from jaxlm.plan import account, hlo
-from jaxlm.plan import collectives as traffic
-from jaxlm.plan.target import parse_target
+from jaxlm.hardware.target import parse_target
 from jaxlm.sharding import Layout
+from jaxlm.xla import account, hlo
+from jaxlm.xla import collectives as traffic
 
 TARGETS = [
     "cpu:8",

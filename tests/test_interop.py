@@ -19,8 +19,9 @@ from jaxlm.cli import main
 from jaxlm.config import UserError
 from jaxlm.interop.hugging_face import _run_config, read_model
 from jaxlm.interop.safetensors_files import INDEX, SINGLE
+from jaxlm.mesh import open_mesh
 from jaxlm.models.llama import to_hugging_face
-from jaxlm.state import init_params, model_structure, open_mesh
+from jaxlm.state import init_params, model_structure
 
 FIRST = "model.embed_tokens.weight"
 

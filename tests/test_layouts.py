@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from jaxlm.config import AXES, UserError
-from jaxlm.sharding import _hybrid_grid
+from jaxlm.mesh import _hybrid_grid
 
 LAYOUTS = {
     "one device": (1, []),

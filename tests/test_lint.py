@@ -9,8 +9,9 @@ import tiny
 
 from jaxlm import config as cfg
 from jaxlm import lint
+from jaxlm.mesh import open_mesh
 from jaxlm.sharding import make_layout
-from jaxlm.state import model_structure, open_mesh
+from jaxlm.state import model_structure
 
 LARGE = [
     "model.embed_dim=1024",

@@ -13,9 +13,9 @@ import pytest
 import split_programs
 
 from jaxlm import configfile
-from jaxlm.plan import hlo, replay
-from jaxlm.plan.target import parse_target
-from jaxlm.train import make_program
+from jaxlm.hardware.target import parse_target
+from jaxlm.program import make_program
+from jaxlm.xla import hlo, replay
 
 TESTS = Path(__file__).parent
 CONFIG = TESTS / "configs" / "llama.yaml"

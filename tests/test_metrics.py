@@ -16,10 +16,11 @@ from jaxlm import configfile, lint, metrics, train
 from jaxlm.attention.xla import visible, visible_pairs
 from jaxlm.config import UserError
 from jaxlm.devices import kind, launcher
+from jaxlm.mesh import open_mesh
 from jaxlm.models import layer_windows, llama
 from jaxlm.plan import estimate
 from jaxlm.plan.estimate import structure_of
-from jaxlm.state import model_structure, open_mesh
+from jaxlm.state import model_structure
 
 
 def open_run(config):

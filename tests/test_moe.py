@@ -16,17 +16,16 @@ from jaxlm import config as cfg
 from jaxlm import train as train_module
 from jaxlm.cli import main
 from jaxlm.data import load, open_split
+from jaxlm.mesh import open_mesh
 from jaxlm.metrics import flops_per_token
-from jaxlm.models import family_module, moe
-from jaxlm.parallel import experts
-from jaxlm.plan.collectives import find_collectives, mesh_axes
-from jaxlm.plan.compiled import trace_train_step
-from jaxlm.plan.hlo import parse
+from jaxlm.models import experts, family_module, moe
+from jaxlm.program import loss_and_grads, make_program, trace_train_step
 from jaxlm.sharding import batch_shardings
-from jaxlm.state import abstract_state, create_state, init_params, model_structure, open_mesh
-from jaxlm.train import loss_and_grads, make_program
+from jaxlm.state import abstract_state, create_state, init_params, model_structure
 from jaxlm.validate import validate
 from jaxlm.verify import make_batch
+from jaxlm.xla.collectives import find_collectives, mesh_axes
+from jaxlm.xla.hlo import parse
 
 DEEPSEEK = [
     "model.router=sigmoid", "model.balance=bias", "model.balance_coefficient=0.01",

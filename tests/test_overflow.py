@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jaxlm import cli, configfile
+from jaxlm.hardware.target import parse_target
 from jaxlm.plan import compiled, cost, overflow, page, plan, report
-from jaxlm.plan.target import parse_target
 
 TINY = Path(__file__).parent / "configs" / "llama.yaml"
 G = 2**30

@@ -14,10 +14,11 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from jaxlm import interop
 from jaxlm.interop.hugging_face import read_model, tensors, to_theirs
+from jaxlm.mesh import open_mesh
 from jaxlm.models.decoder import logits
+from jaxlm.program import loss_and_grads
 from jaxlm.sharding import batch_shardings
-from jaxlm.state import State, init_params, model_structure, open_mesh
-from jaxlm.train import loss_and_grads
+from jaxlm.state import State, init_params, model_structure
 
 TOLERANCE, ROWS, LENGTH = 1e-4, 4, 32
 LLAMA = dict(

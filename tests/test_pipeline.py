@@ -10,16 +10,15 @@ import pytest
 import tiny
 
 from jaxlm import config as cfg
-from jaxlm import evaluate, generate
+from jaxlm import evaluate, generate, pipeline
 from jaxlm.data import load, open_split
 from jaxlm.models import llama
-from jaxlm.parallel import pipeline
-from jaxlm.plan import account, hlo
-from jaxlm.plan import collectives as traffic
 from jaxlm.plan import compiled as compiler
-from jaxlm.sharding import batch_shardings
+from jaxlm.program import loss_and_grads, make_program
+from jaxlm.sharding import batch_shardings, sequence_order
 from jaxlm.state import create_state
-from jaxlm.train import loss_and_grads, make_program
+from jaxlm.xla import account, hlo
+from jaxlm.xla import collectives as traffic
 
 LAYOUTS = {  # those of test_every_layout.py apart
     "stage=4, M not a multiple": (4, 6, ["mesh.stage=4", "batch.sequences=12"]),
@@ -38,16 +37,16 @@ def open_run(config, num_devices):
         state = create_state(config, program.layout, program.optimizer, program.mesh)
         split = open_split(config.data.path, "train")
         shardings = batch_shardings(config, program.layout, program.mesh)
-        batches = list(
-            zip(range(10), load.batches(split, config.batch, 0, shardings), strict=False)
-        )
-    batches = [uneven(batch, i) for i, batch in batches]
+        order = sequence_order(program.layout, config.batch.sequence_length)
+        found = load.batches(split, config.batch, 0, shardings, order=order)
+        batches = [uneven(batch, i, order) for i, batch in zip(range(10), found, strict=False)]
     return program, state, batches
 
 
-def uneven(batch, seed):
-    """Weights that differ from row to row, and so from microbatch to microbatch."""
-    weights = np.random.default_rng(seed).random(batch["weights"].shape).astype(np.float32)
+def uneven(batch, seed, order):
+    """Weights that differ from token to token; multiples of 1/64, so that any order sums alike."""
+    parts = np.random.default_rng(seed).integers(0, 64, batch["weights"].shape)
+    weights = (parts[:, order] / 64).astype(np.float32)
     return batch | {"weights": jax.device_put(weights, batch["weights"].sharding)}
 
 
@@ -274,8 +273,12 @@ def test_messages_of_a_pipeline(data):
 
 
 @pytest.mark.parametrize(
-    "mesh", [["mesh.stage=4"], ["mesh.stage=2", "pipeline.repeats=2", "mesh.fsdp=2"]]
-)
+    "mesh",
+    [
+        ["mesh.stage=4"], ["mesh.stage=2", "pipeline.repeats=2", "mesh.fsdp=2"],
+        ["mesh.stage=2", "mesh.context=2"],
+    ],
+)  # fmt: skip
 def test_evaluation_and_generation_on_stages(mesh, data):
     rows, texts = [], []
     for overrides, devices in (([], 1), (mesh, 4)):

@@ -14,6 +14,7 @@ import tiny
 
 from jaxlm import cli, configfile, metrics, train
 from jaxlm import config as cfg
+from jaxlm.hardware.target import AbsentDevice, local_target, parse_target
 from jaxlm.plan import (
     cache,
     calibrate,
@@ -26,7 +27,6 @@ from jaxlm.plan import (
     roofline,
     units,
 )
-from jaxlm.plan.target import AbsentDevice, local_target, parse_target
 
 CONFIGS = Path(__file__).parent / "configs"
 TINY = CONFIGS / "llama.yaml"

@@ -14,11 +14,11 @@ import jax
 import pytest
 
 from jaxlm import configfile, optim
+from jaxlm.hardware.target import parse_target
+from jaxlm.mesh import open_mesh
 from jaxlm.plan import memory as analytic
-from jaxlm.plan.compiled import trace_train_step
-from jaxlm.plan.target import parse_target
-from jaxlm.state import abstract_state, model_structure, open_mesh
-from jaxlm.train import make_program
+from jaxlm.program import make_program, trace_train_step
+from jaxlm.state import abstract_state, model_structure
 
 LAYOUTS = Path(__file__).parent.parent / "configs" / "layouts"
 

@@ -9,10 +9,10 @@ import pytest
 
 from jaxlm import config as cfg
 from jaxlm import configfile
+from jaxlm.hardware.target import parse_target
 from jaxlm.plan import estimate, roofline, search
 from jaxlm.plan.compiled import CompileError
 from jaxlm.plan.cost import Cost
-from jaxlm.plan.target import parse_target
 from jaxlm.validate import validate
 
 ROOT = Path(__file__).parent

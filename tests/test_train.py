@@ -15,10 +15,9 @@ from jaxlm import evaluate
 from jaxlm.data import load, open_split
 from jaxlm.loss import token_losses
 from jaxlm.models.decoder import logits
-from jaxlm.plan.compiled import trace_train_step
+from jaxlm.program import loss_and_grads, make_program, make_train_step, trace_train_step
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import create_state
-from jaxlm.train import loss_and_grads, make_program, make_train_step
 
 MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
 

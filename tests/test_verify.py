@@ -9,11 +9,10 @@ import local_global
 import pytest
 import tiny
 
-from jaxlm import cli, configfile, optim, sharding, shrink, train, verify
+from jaxlm import cli, configfile, optim, pipeline, program, sharding, shrink, verify
 from jaxlm.attention import ring
 from jaxlm.config import AXES
-from jaxlm.models import layers
-from jaxlm.parallel import experts, pipeline
+from jaxlm.models import experts, layers
 
 CONFIGS = tiny.CONFIGS.parent.parent / "configs"
 
@@ -68,14 +67,14 @@ def scaled_gradients(name: str, factor: float):
     """The gradients of some weights, times a factor, on more than one device."""
 
     def plant(monkeypatch):
-        true = train.reduce_gradients
+        true = program.reduce_gradients
 
         def reduce_gradients(grads, structure, layout):
             wrong = factor if layout.size("batch") > 1 else 1.0
             done = true(grads, structure, layout)
             return {n: g * (wrong if n.endswith(name) else 1.0) for n, g in done.items()}
 
-        monkeypatch.setattr(train, "reduce_gradients", reduce_gradients)
+        monkeypatch.setattr(program, "reduce_gradients", reduce_gradients)
 
     return plant
 
@@ -176,7 +175,7 @@ def test_a_planted_mistake_is_caught(name, monkeypatch):
 
 def test_rounding_is_told_from_a_mistake(monkeypatch):
     """A difference that float32 alone has is no mistake, and is reported as such."""
-    true = train.reduce_gradients
+    true = program.reduce_gradients
 
     def coarse(grads, structure, layout):
         done = true(grads, structure, layout)
@@ -185,7 +184,7 @@ def test_rounding_is_told_from_a_mistake(monkeypatch):
         return {name: g * (1 + 2e-5) for name, g in done.items()}
 
     reference("llama")(False)
-    monkeypatch.setattr(train, "reduce_gradients", coarse)
+    monkeypatch.setattr(program, "reduce_gradients", coarse)
     result = check("data=2", "llama")
     assert result.equal and result.precision == "float64"
     assert 1e-5 < result.errors["gradient"] < 3e-5
@@ -274,13 +273,13 @@ def test_a_mistake_in_the_last_block_of_a_pattern_is_caught(monkeypatch):
 
 def test_another_number_of_microbatches_is_tried(monkeypatch):
     """A mistake that the config's own number does not show."""
-    true = train.split_batch
+    true = program.split_batch
 
     def wrong(batch, count):
         parts, many = true(batch, count), jax.sharding.get_abstract_mesh().size > 1
         return parts | ({"targets": parts["tokens"]} if many else {})
 
-    monkeypatch.setattr(train, "split_batch", wrong)
+    monkeypatch.setattr(program, "split_batch", wrong)
     (result,) = verify.verify_layout(tiny.config("llama"), [{"data": 2}])
     assert result.microbatches == (1, 2) and not result.equal
     assert result.first.startswith("loss of loss in 2 microbatches")

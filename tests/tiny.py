@@ -14,9 +14,9 @@ from jaxlm import configfile
 from jaxlm.config import UserError
 from jaxlm.data import load, open_split
 from jaxlm.data.prepare import prepare
+from jaxlm.program import make_program
 from jaxlm.sharding import batch_shardings, sequence_order
 from jaxlm.state import create_state
-from jaxlm.train import make_program
 
 CONFIGS = Path(__file__).parent / "configs"
 

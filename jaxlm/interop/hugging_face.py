@@ -43,9 +43,10 @@ from jaxlm.interop.safetensors_files import (
     save_tensors,
 )
 from jaxlm.interop.tokenizer_files import write_json
+from jaxlm.mesh import open_mesh
 from jaxlm.models import family_module
 from jaxlm.sharding import Layout, partitions
-from jaxlm.state import Arrays, State, Structure, model_structure, open_mesh, trained
+from jaxlm.state import Arrays, State, Structure, model_structure, trained
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 READABLE = {"F32", "BF16", "F16"}

@@ -15,9 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import config as cfg
-from jaxlm.models import llama
+from jaxlm.models import experts, llama
 from jaxlm.models.layers import RMSNorm, SelfAttention, normal, rotary_frequencies, rotary_table
-from jaxlm.parallel import experts
 from jaxlm.sharding import Layout, wide
 
 Norm = RMSNorm

@@ -11,17 +11,17 @@ from collections.abc import Iterator
 
 from jaxlm import config as cfg
 from jaxlm.attention import splash
+from jaxlm.hardware.network import route
+from jaxlm.hardware.target import Target
 from jaxlm.models import moe
 from jaxlm.plan.bytes_moved import hbm_bytes, host_bytes
-from jaxlm.plan.collectives import WIRE
 from jaxlm.plan.cost import Cost, Traffic
 from jaxlm.plan.habits import WIDE
 from jaxlm.plan.memory import largest, phases
-from jaxlm.plan.network import route
 from jaxlm.plan.step import Step, visited
-from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
+from jaxlm.xla.collectives import WIRE
 
 _NEWTON_SCHULZ = 5  # steps of Muon's orthogonalisation, three products each
 Rows = dict[tuple[str, tuple[str, ...]], list[float]]

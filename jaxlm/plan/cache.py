@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxlm import config as cfg
 from jaxlm import configfile, programs
-from jaxlm.plan.target import Target
+from jaxlm.hardware.target import Target
 from jaxlm.validate import resolve_mesh
 
 logger = logging.getLogger("jaxlm")

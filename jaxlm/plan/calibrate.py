@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import config as cfg
+from jaxlm.hardware.target import Target, parse_target
 from jaxlm.plan import analytic, estimate, roofline
 from jaxlm.plan.cost import Cost
-from jaxlm.plan.target import Target, parse_target
 from jaxlm.validate import resolve_mesh
 
 MEASURED = "measured/step_seconds"

@@ -189,7 +189,7 @@ def advise(config: str, overrides: Sequence[str]) -> None:
 def _advise(arguments: list[str]) -> None:
     import jax
 
-    from jaxlm.plan.target import local_target
+    from jaxlm.hardware.target import local_target
 
     try:
         arguments.append(f"target={local_target(jax.devices()).text}")

@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm import config as cfg
 from jaxlm import configfile, programs
-from jaxlm.plan import cache, cost, hlo, overflow
-from jaxlm.plan.account import account
-from jaxlm.plan.collectives import find_collectives, summarize
-from jaxlm.plan.liveness import largest, split_memory
-from jaxlm.plan.target import Target, parse_target
-from jaxlm.sharding import batch_shardings
-from jaxlm.state import abstract_state
-from jaxlm.train import Program, make_program
+from jaxlm.hardware.target import Target, parse_target
+from jaxlm.plan import cache, cost, overflow
+from jaxlm.program import Program, make_program, trace_train_step
+from jaxlm.xla import hlo
+from jaxlm.xla.account import account
+from jaxlm.xla.collectives import find_collectives, summarize
+from jaxlm.xla.liveness import largest, split_memory
 
 LARGEST = 12  # buffers that are named
 NUMBERS = ("trace_seconds", "compile_seconds", "peak_bytes", "code_bytes")
@@ -41,21 +39,6 @@ SURFACED = "nvoluntary full rematerialization"  # a reshard that XLA cannot do w
 
 class CompileError(cfg.UserError):
     """A program that could not be compiled: the compiler crashed, refused it or took too long."""
-
-
-def trace_train_step(config: cfg.Config, program: Program) -> jax.stages.Traced:
-    """The train step on shapes only; `.lower().compile()` needs the compiler, not the devices."""
-    mesh, layout = program.mesh, program.layout
-    shape = (config.batch.sequences, config.batch.sequence_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            shape, jnp.float32 if name == "weights" else jnp.int32, sharding=sharding
-        )
-        for name, sharding in batch_shardings(config, layout, mesh).items()
-    }
-    with jax.set_mesh(mesh):
-        state = abstract_state(config, layout, program.optimizer, mesh)
-        return program.train_step.trace(state, batch)
 
 
 def report(config: cfg.Config, name: str) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from jax.sharding import AxisType, Mesh
 
 from jaxlm import attention
 from jaxlm import config as cfg
+from jaxlm.hardware.target import AbsentDevice, Target, local_target, parse_target
+from jaxlm.models import experts
 from jaxlm.optim import make_optimizer
-from jaxlm.parallel import experts
 from jaxlm.plan import analytic, cache, roofline
 from jaxlm.plan.cost import Cost
-from jaxlm.plan.target import AbsentDevice, Target, local_target, parse_target
 from jaxlm.sharding import Layout, make_layout
 from jaxlm.state import Structure, init_state, model_structure
 

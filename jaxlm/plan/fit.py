@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxlm import config as cfg
+from jaxlm.hardware.target import Target
 from jaxlm.plan import estimate
 from jaxlm.plan.compiled import CompileError
-from jaxlm.plan.target import Target
 from jaxlm.plan.units import duration, size
 from jaxlm.validate import layout_problems, resolve_mesh
 

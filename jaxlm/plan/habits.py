@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxlm.plan.target import Target
+from jaxlm.hardware.target import Target
 
 WIDE = 4  # bytes of float32: of state, sums, norms and softmax
 

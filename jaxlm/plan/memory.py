@@ -18,11 +18,11 @@ import math
 from collections.abc import Iterable
 
 from jaxlm import config as cfg
+from jaxlm.hardware.target import Target
 from jaxlm.models import moe
 from jaxlm.optim import MIN_FACTORED, MUON, is_matrix, sides
-from jaxlm.parallel.pipeline import Schedule
+from jaxlm.pipeline import Schedule
 from jaxlm.plan.habits import WIDE, Habits, find_habits
-from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure, trained
 
@@ -212,7 +212,7 @@ def _microbatches(run: Run) -> dict[str, Sizes]:
 
 
 def _pipeline(run: Run) -> dict[str, Sizes]:
-    """Phases of a tick (parallel/pipeline.py): one chunk forward, the head, another backward."""
+    """Phases of a tick (pipeline/): one chunk forward, the head, another backward."""
     config = run.config
     schedule = Schedule(
         run.layout.size("layers"), config.pipeline.repeats, config.batch.microbatches
@@ -359,7 +359,7 @@ def _scores(run: Run) -> float:
 
 
 def _rows(run: Run, model: moe.Config) -> float:
-    """Rows of a buffer that takes whatever the peers may send (parallel/experts.py)."""
+    """Rows of a buffer that takes whatever the peers may send (models/experts.py)."""
     length = run.config.batch.sequence_length
     if model.dispatch == "capacity":
         _, stride = moe.slots_per_expert(model, length, run.layout)

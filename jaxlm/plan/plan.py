@@ -8,13 +8,13 @@ from typing import Any
 
 from jaxlm import config as cfg
 from jaxlm import lint, metrics
+from jaxlm.hardware.target import Target
+from jaxlm.mesh import make_mesh
 from jaxlm.plan import compiled, cost, estimate, roofline
 from jaxlm.plan.cost import Cost
-from jaxlm.plan.liveness import UNEXPLAINED
-from jaxlm.plan.target import Target
-from jaxlm.sharding import make_mesh
 from jaxlm.state import Structure
 from jaxlm.validate import resolve_mesh, validate
+from jaxlm.xla.liveness import UNEXPLAINED
 
 
 @dataclasses.dataclass(frozen=True)

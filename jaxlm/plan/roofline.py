@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.devices import Kind
+from jaxlm.hardware.target import Target
 from jaxlm.plan.cost import Cost
-from jaxlm.plan.target import Target
 
 logger = logging.getLogger("jaxlm")
 

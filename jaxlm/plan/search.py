@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from jaxlm import config as cfg
 from jaxlm import configfile
+from jaxlm.hardware.target import Target, local_target
 from jaxlm.models import family_module
 from jaxlm.plan import cache, estimate
 from jaxlm.plan.compiled import CompileError
 from jaxlm.plan.estimate import Estimate
 from jaxlm.plan.plan import remat_text
-from jaxlm.plan.target import Target, local_target
 from jaxlm.plan.units import duration, size
 from jaxlm.state import Structure
 from jaxlm.validate import factorisations, layout_problems, validate

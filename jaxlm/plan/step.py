@@ -8,12 +8,12 @@ import functools
 from jaxlm import config as cfg
 from jaxlm.attention import splash
 from jaxlm.attention.chunked import SPANS
+from jaxlm.hardware.target import Target
 from jaxlm.models import layer_windows
-from jaxlm.plan.account import shown_blocks
 from jaxlm.plan.habits import WIDE
-from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
+from jaxlm.xla.account import shown_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Step:
 
     @functools.cached_property
     def bubble(self) -> float:
-        """Ticks of the pipeline for each that works (parallel/pipeline.py)."""
+        """Ticks of the pipeline for each that works (pipeline/)."""
         if self.stages == 1:
             return 1.0
         work = self.config.batch.microbatches * self.config.pipeline.repeats

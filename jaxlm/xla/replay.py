@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxlm.plan.hlo import Computation, Instruction, Module, Shape
+from jaxlm.xla.hlo import Computation, Instruction, Module, Shape
 
 DEVICE = 0  # the memory space that counts; on TPU 1 is VMEM, 5 the host's
 FREE = ("bitcast", "get-tuple-element", "tuple", "optimization-barrier", "constant", "after-all")

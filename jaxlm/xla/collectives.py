@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.hardware.network import route
+from jaxlm.hardware.target import Target
 from jaxlm.plan.cost import Traffic
-from jaxlm.plan.hlo import Computation, Instruction, Module, Visit, walk
-from jaxlm.plan.network import route
-from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
+from jaxlm.xla.hlo import Computation, Instruction, Module, Visit, walk
 
 KINDS = (
     "all-reduce", "all-gather", "reduce-scatter", "ragged-all-to-all", "all-to-all",

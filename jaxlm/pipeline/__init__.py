@@ -154,7 +154,7 @@ def losses_of_rows(config, structure: Structure, params: Arrays, fixed: Arrays, 
         rows = functools.partial(_rows, run, {}, run.leave(y_ZBSD, last), part)
         due = end.valid & (end.repeat == schedule.repeats - 1)
         return run.shift(y_ZBSD, 1), jax.lax.cond(
-            due, rows, lambda: jnp.zeros_like(part["weights"][:, 0])
+            due, rows, lambda: jnp.zeros_like(jnp.sum(part["weights"], -1))
         )
 
     _, rows_TB = jax.lax.scan(tick, run.ring(parts), jnp.arange(schedule.ticks))
@@ -201,7 +201,7 @@ class _Run:
         return {n: _to_chunks(a, self.schedule) for n, a in arrays.items() if stacked(n)}
 
     def marked(self, arrays: Arrays) -> Arrays:
-        """Inside vmap: weights [k, ...] whose gradients wait (train.defer_reduction)."""
+        """Inside vmap: weights [k, ...] whose gradients wait (program.defer_reduction)."""
 
         def one(name: str, array: jax.Array) -> jax.Array:
             source = jax.typeof((self.params | self.fixed)[name]).sharding.spec

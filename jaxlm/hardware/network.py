@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from jaxlm.config import AXES
-from jaxlm.plan.target import Target
+from jaxlm.hardware.target import Target
 
 
 class Route(NamedTuple):

@@ -14,11 +14,11 @@ import re
 
 import numpy as np
 
-from jaxlm.plan.collectives import KINDS, count_traffic, find_collectives
+from jaxlm.hardware.target import Target
 from jaxlm.plan.cost import PARTS, Traffic
-from jaxlm.plan.hlo import HOST, Computation, Instruction, Module, Shape, Visit, bits, walk
-from jaxlm.plan.target import Target
 from jaxlm.sharding import Layout
+from jaxlm.xla.collectives import KINDS, count_traffic, find_collectives
+from jaxlm.xla.hlo import HOST, Computation, Instruction, Module, Shape, Visit, bits, walk
 
 
 @dataclasses.dataclass(frozen=True)

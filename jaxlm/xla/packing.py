@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxlm.plan.replay import Value
+from jaxlm.xla.replay import Value
 
 ALIGNMENT = 64  # bytes, of XLA's CPU backend
 

@@ -13,13 +13,13 @@ import re
 from typing import Any, NamedTuple
 
 from jaxlm import config as cfg
-from jaxlm.plan import replay
 from jaxlm.plan.cost import MEMORY, PARTS
-from jaxlm.plan.hlo import Module, Shape
-from jaxlm.plan.packing import packed_bytes
-from jaxlm.plan.replay import Value
 from jaxlm.sharding import Layout, partitions
 from jaxlm.state import Structure
+from jaxlm.xla import replay
+from jaxlm.xla.hlo import Module, Shape
+from jaxlm.xla.packing import packed_bytes
+from jaxlm.xla.replay import Value
 
 ARGUMENTS = {
     "state.params": "parameters", "state.fixed": "parameters", "state.opt": "optimizer",

@@ -1,0 +1,1 @@
+"""Chips, targets that need not be there, and the wires between devices."""

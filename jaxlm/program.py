@@ -1,0 +1,174 @@
+"""What a config runs: the mesh, the layout and the train step, for the loop and the planner alike.
+
+Read it with train.py, which loops over this step. Shapes: B batch, S sequence, M microbatches.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, reshard
+from jax.sharding import PartitionSpec as P
+
+from jaxlm import config as cfg
+from jaxlm import devices, optim, pipeline
+from jaxlm.loss import (
+    aux_weights,
+    batch_losses,
+    read_aux,
+    read_peaks,
+    split_batch,
+    sum_losses,
+    update_fixed,
+)
+from jaxlm.mesh import open_mesh
+from jaxlm.sharding import Layout, batch_shardings, wide
+from jaxlm.state import Arrays, State, Structure, abstract_state, model_structure
+
+
+class Program(NamedTuple):
+    """What a config runs on a mesh; the trainer and the planner share it."""
+
+    mesh: Mesh
+    layout: Layout
+    structure: Structure
+    optimizer: optax.GradientTransformation
+    train_step: jax.stages.Wrapped
+    options: dict  # of XLA, for the kind of device
+
+
+def make_program(config: cfg.Config, found: list | None = None) -> Program:
+    """The train step of a config on these devices (None: all that there are)."""
+    mesh, layout = open_mesh(config, found)
+    with jax.set_mesh(mesh):
+        structure = model_structure(config.model, layout)
+    optimizer = optim.make_optimizer(config.optimizer, config.steps, structure.dims)
+    options = dict(devices.kind(mesh).compiler_options)
+    step = make_train_step(config, structure, layout, optimizer, options)
+    return Program(mesh, layout, structure, optimizer, step, options)
+
+
+def trace_train_step(config: cfg.Config, program: Program) -> jax.stages.Traced:
+    """The train step on shapes only; `.lower().compile()` needs the compiler, not the devices."""
+    mesh, layout = program.mesh, program.layout
+    shape = (config.batch.sequences, config.batch.sequence_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32 if name == "weights" else jnp.int32, sharding=sharding
+        )
+        for name, sharding in batch_shardings(config, layout, mesh).items()
+    }
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, layout, program.optimizer, mesh)
+        return program.train_step.trace(state, batch)
+
+
+def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, optimizer, options):
+    """jit(State, batch) -> (State, metrics); the state is donated. `options` are XLA's."""
+    schedule = optim.schedule(config.optimizer, config.steps)
+
+    def train_step(state: State, batch: Arrays) -> tuple[State, Arrays]:
+        loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, batch, layout)
+        count = jnp.where(weight_sum > 0, weight_sum, 1)  # a batch in which nothing counts
+        grads = jax.tree.map(lambda g: g / count, grads)
+        fixed, aux = update_fixed(config.model, state.fixed, aux)
+        updates, opt, grad_norm = make_updates(config.optimizer, optimizer, state, grads)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        metrics = {
+            "loss": loss_sum / count,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "weight": weight_sum,
+            **{name: value / count for name, value in aux.items()},
+        }
+        return State(state.step + 1, params, fixed, opt), metrics
+
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
+
+
+@jax.named_scope("optimizer")
+def make_updates(config: cfg.Optimizer, optimizer, state: State, grads: Arrays):
+    """(what to add to the parameters, optimizer state, norm of the gradients before clipping)."""
+    norm = optim.global_norm(grads)
+    if config.clip_norm:
+        grads = optim.clip_by_norm(grads, norm, config.clip_norm)
+    updates, opt = optimizer.update(grads, state.opt, state.params)
+    return updates, opt, norm
+
+
+def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch, layout: Layout):
+    """Sums over the batch: loss, weight, gradients, aux. The one seam between kinds of step."""
+    params = defer_reduction(state.params, structure, layout)
+    fixed = defer_reduction(state.fixed, structure, layout)
+    grad_fn = jax.value_and_grad(
+        functools.partial(loss_sums, config, structure, layout), has_aux=True
+    )
+
+    def microbatch(sums, part):
+        (total, aux), grads = grad_fn(params, fixed, part)
+        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (aux, grads)), None
+
+    count = config.batch.microbatches
+    if layout.size("layers") > 1:
+        aux, grads = pipeline.accumulate(config, structure, params, fixed, batch, layout)
+    elif count == 1:
+        whole = batch | {"aux_weight": jnp.sum(batch["weights"])}
+        (_, aux), grads = grad_fn(params, fixed, whole)
+    else:
+        parts = split_batch(batch, count)
+        parts["aux_weight"] = aux_weights(batch, parts)
+        first = jax.tree.map(lambda x: x[0], parts)
+        (_, aux), _ = jax.eval_shape(grad_fn, params, fixed, first)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+        sums = zeros, jax.tree.map(_unreduced_zeros, params)
+        (aux, grads), _ = jax.lax.scan(microbatch, sums, parts)
+    grads = reduce_gradients(grads, structure, layout)
+    aux = read_peaks(aux)
+    return aux.pop("loss"), aux.pop("weight"), grads, aux
+
+
+def loss_sums(config: cfg.Config, structure: Structure, layout: Layout, params, fixed, batch):
+    """The sum to differentiate (cross-entropy, z-loss, losses of the blocks), and its parts."""
+    model = structure.merge(params, fixed)
+    nll_BS, z_BS, aux = batch_losses(config, model, batch, layout)
+    sums = sum_losses(config, nll_BS, z_BS, batch["weights"])
+    extra, aux = read_aux(aux, batch["aux_weight"])
+    return sums["loss"] + sums["z_loss"] + extra, sums | aux
+
+
+def defer_reduction(arrays: Arrays, structure: Structure, layout: Layout) -> Arrays:
+    """Mark weights so that their gradients are summed over microbatches first, over devices after.
+
+    With gather_at=step they are also gathered here, once.
+    """
+
+    def one(name: str, array: jax.Array) -> jax.Array:
+        dims, over = structure.dims[name], structure.over[name]
+        if layout.gather_at == "step":
+            spec, dtype = layout.spec(dims), jnp.dtype(layout.compute)
+        else:
+            spec, dtype = layout.stored(dims), array.dtype
+        return reshard(array.astype(dtype), P(*spec, reduced=layout.summed(over, spec)))
+
+    return {name: one(name, array) for name, array in arrays.items()}
+
+
+def reduce_gradients(grads: Arrays, structure: Structure, layout: Layout) -> Arrays:
+    """The one reduction of a step, in precision.reduce, to the sharding at rest."""
+    return {
+        name: reshard(grad.astype(layout.reduce), layout.stored(structure.dims[name])).astype(
+            wide(layout.reduce)
+        )
+        for name, grad in grads.items()
+    }
+
+
+def _unreduced_zeros(weight: jax.Array) -> jax.Array:
+    spec = jax.typeof(weight).sharding.spec
+    return jnp.zeros(
+        weight.shape, wide(weight.dtype), out_sharding=P(*spec.partitions, unreduced=spec.reduced)
+    )

@@ -1,0 +1,1 @@
+"""Reads compiled programs: FLOPs, bytes, collectives and live buffers of HLO text."""
