@@ -22,9 +22,9 @@ from jax.sharding import Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import config as cfg
-from jaxlm import devices
 from jaxlm.attention.xla import CACHE
 from jaxlm.data import Tokenizer, decode, encode_prompt
+from jaxlm.hardware import chips
 from jaxlm.interop import carried
 from jaxlm.models import family_module
 from jaxlm.models.decoder import Decoder, logits
@@ -117,7 +117,7 @@ def generate_tokens(
         array.shape, NamedSharding(mesh, layout.spec(dims)), lambda index: array[index]
     )
     with jax.set_mesh(mesh):
-        program = make_program(layout, tokens, sampling, devices.kind(mesh).compiler_options)
+        program = make_program(layout, tokens, sampling, chips.kind(mesh).compiler_options)
         out_BN = program(
             structure.merge(params), place(prompts_BS, "batch _"), place(lengths_B, "batch"),
             np.uint32(seed), np.atleast_1d(np.asarray(NOTHING if eos is None else eos, np.int32)),

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.live import Live
 
 from jaxlm import config as cfg
-from jaxlm import devices, trackers
+from jaxlm import trackers
 from jaxlm.attention.xla import visible_pairs
+from jaxlm.hardware import chips
 from jaxlm.models import layer_windows
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
@@ -250,7 +251,7 @@ def _screen(stack: contextlib.ExitStack):
 
 def describer(config: cfg.Config, structure: Structure, mesh: Mesh):
     """record -> the progress line: loss, speed, MFU where the peak is known, time left, end."""
-    flops, peak = 0.0, devices.kind(mesh).bf16_flops * mesh.size  # FLOP/s
+    flops, peak = 0.0, chips.kind(mesh).bf16_flops * mesh.size  # FLOP/s
     with only_informs("no MFU"):
         flops = flops_per_token(config.model, structure, config.batch.sequence_length)
 
@@ -285,7 +286,7 @@ def describe_run(config, mesh: Mesh, layout: Layout, structure: Structure, start
     """One line: how large, where, and from which step."""
     count = sum(math.prod(shape) for shape in structure.shapes.values())
     axes = " x ".join(f"{axis}={size}" for axis, size in layout.axes if size > 1) or "one device"
-    kind = devices.kind(mesh).name
+    kind = chips.kind(mesh).name
     come = f", resumed at step {start}" if start else ""
     return (
         f"{config.name}: {count / 1e6:.2f}M parameters, {mesh.size} x {kind} ({axes}), "

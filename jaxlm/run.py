@@ -27,7 +27,7 @@ from jaxlm.data import (
     prepare_corpus,
     separators,
 )
-from jaxlm.data.split import read_tokens
+from jaxlm.data.shards import read_tokens
 from jaxlm.interop import carried
 from jaxlm.mesh import open_mesh
 from jaxlm.sharding import Layout, place

@@ -18,7 +18,7 @@ from jaxlm import (
     lint,
     metrics,
     pipeline,
-    programs,
+    program_cache,
     run,
 )
 from jaxlm import config as cfg
@@ -26,7 +26,7 @@ from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
 from jaxlm.interop import carried
 from jaxlm.plan import estimate
-from jaxlm.program import make_program
+from jaxlm.program import make_eval_step, make_program
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import State, Structure
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("jaxlm")
 def train(config: cfg.Config) -> None:
     """Train to config.steps, from the newest checkpoint of the run directory if it has one."""
     if jax.process_count() == 1:  # where one loads and others compile, gloo gives up waiting
-        programs.keep()
+        program_cache.keep()
     mesh, layout, structure, optimizer, train_step, options = make_program(config)
     run.prepare_data(config)
     training = data.open_split(config.data.path, "train")
@@ -127,7 +127,7 @@ def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, sh
         return None
     split = data.open_split(config.data.path, "validation")
     evaluation_items(split, config.batch.sequence_length)  # a mistake must not stop a run half-way
-    eval_step = evaluate.make_eval_step(config, structure, layout, options)
+    eval_step = make_eval_step(config, structure, layout, options)
 
     def held_out(state: State) -> dict:
         batches = load.evaluation_batches(

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxlm.config import Batch, UserError
 from jaxlm.data.pack import FIELDS, Item, Packed, evaluation_items, item, pack, padding
-from jaxlm.data.split import Split
+from jaxlm.data.shards import Split
 
 STATE_FORMAT = 1
 MAX_STEPS = 1 << 40
