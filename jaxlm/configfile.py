@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib
 import math
 import os
 import shlex
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxlm.config import FAMILIES, Config, Model, UserError, expand_home
+from jaxlm.models import family_module
 
 NULL = "tag:yaml.org,2002:null"
 TEXT = "tag:yaml.org,2002:str"
@@ -38,7 +38,7 @@ class Key(NamedTuple):
         Any  # bool, int, float, str, tuple[str, ...], dict[str, int] or dict[str, tuple[str, ...]]
     )
     field: dataclasses.Field
-    family: str  # the one family that has it; empty: all
+    families: tuple[str, ...]  # those that have it; empty: all
 
     @property
     def is_table(self) -> bool:
@@ -69,7 +69,10 @@ def schema(*families: str) -> dict[str, Key]:
     """Every dotted key in order, with the model keys of these families."""
     found = {}
     for family in families or ("",):
-        found |= {key.name: key for key in _walk(Config, "", family) if key.name not in found}
+        for key in _walk(Config, "", family):
+            first = found.setdefault(key.name, key)
+            if key.families and key is not first:
+                found[key.name] = first._replace(families=first.families + key.families)
     order = [field.name for field in dataclasses.fields(Config)]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].split(".")[0])))
 
@@ -81,7 +84,7 @@ def _walk(cls: Any, prefix: str, family: str) -> Iterator[Key]:
             yield from _walk(kind, f"{prefix}{field.name}.", family)
         else:
             own = issubclass(cls, Model) and field.name not in common
-            yield Key(prefix + field.name, kind, field, family if own else "")
+            yield Key(prefix + field.name, kind, field, (family,) if own else ())
 
 
 def _fields(cls: Any, family: str) -> Iterator[tuple[dataclasses.Field, Any]]:
@@ -94,10 +97,7 @@ def _fields(cls: Any, family: str) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 def model_class(family: str) -> type[Model]:
     """The Config of jaxlm/models/<family>.py; the keys that all families have for an empty name."""
-    if not family:
-        return Model
-    assert family in FAMILIES
-    return importlib.import_module(f"jaxlm.models.{family}").Config
+    return family_module(family).Config if family else Model
 
 
 def sections() -> list[str]:
@@ -283,7 +283,7 @@ def _family(entries: dict[str, Entry]) -> str:
 def _unknown(name: str, family: str) -> str:
     """Why a dotted key is refused, and what was probably meant."""
     everything = schema(*FAMILIES)
-    owner = everything[name].family if name in everything else ""
+    owner = " or ".join(everything[name].families) if name in everything else ""
     if owner and family:
         return f"{name} is a key of family {owner}; model.family is {family}"
     if owner:

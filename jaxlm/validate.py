@@ -47,7 +47,7 @@ def validate(config: Config, num_devices: int | None = None) -> None:
     for check in (_check_run, _check_devices, _check_optimizer, _check_remat, _check_kernel):
         check(config)
     _check_sample(config)
-    FAMILY_CHECKS[config.model.family](config, config.model)
+    family_module(config.model.family).check(config)
     if num_devices is None:
         _check_sizes(config.mesh)
         sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in AXES}
@@ -318,68 +318,6 @@ def _check_sample(config: Config) -> None:
         raise UserError("sample.top_p=0.0 leaves no token; for greedy use sample.temperature=0")
 
 
-def _check_gpt2(config: Config, model: Any) -> None:
-    if model.num_kv_heads != model.num_heads:
-        raise UserError(
-            f"model.num_kv_heads={model.num_kv_heads}: gpt2 has no grouped heads; "
-            f"use model.num_kv_heads={model.num_heads} (model.num_heads)"
-        )
-    _check_positions("batch.sequence_length", config.batch.sequence_length, model.max_positions)
-    if config.sample.every:
-        _check_positions("sample.tokens", config.sample.tokens, model.max_positions)
-
-
-def _check_positions(name: str, length: int, positions: int) -> None:
-    if length > positions:
-        raise UserError(
-            f"{name}={length} is above model.max_positions={positions}; "
-            f"use {name}={positions} or model.max_positions={length}"
-        )
-
-
-def _check_llama(config: Config, model: Any) -> None:
-    names = ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_length")
-    _check_rotary(model, names if model.rope_scaling == "llama3" else names[:1])
-    if model.rope_scaling == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
-        raise UserError(
-            f"model.rope_low_freq_factor={model.rope_low_freq_factor} must be below "
-            f"model.rope_high_freq_factor={model.rope_high_freq_factor}, as 1 and 4"
-        )
-
-
-def _check_rotary(model: Any, names: tuple[str, ...]) -> None:
-    if model.head_dim % 2:
-        near = _join([n for n in (model.head_dim - 1, model.head_dim + 1) if n])
-        raise UserError(f"model.head_dim={model.head_dim} must be even to rotate; use {near}")
-    for name in names:
-        value = getattr(model, f"rope_{name}")
-        if value <= 0:
-            raise UserError(f"model.rope_{name}={value} must be above 0")
-
-
-def _check_moe(config: Config, model: Any) -> None:
-    """Experts, and for the rotary families their head width."""
-    m, rules, share = model, RULES | config.rules, model.capacity_factor
-    _check_rotary(model, ("theta",))
-    if m.experts_per_token > m.num_experts:
-        raise UserError(
-            f"model.experts_per_token={m.experts_per_token} is above model.num_experts="
-            f"{m.num_experts}; a token is sent to {m.num_experts} at most"
-        )
-    if m.dispatch == "capacity" and not share:
-        raise UserError("model.capacity_factor=0.0 leaves no slot; use 1.25, or 1.0 for even loads")
-    if outside := [axis for axis in rules["experts"] if axis not in rules["batch"]]:
-        raise UserError(
-            f"rules.experts: axis {outside[0]} is not in rules.batch={list(rules['batch'])}: "
-            "tokens are sent along the axes of experts, each device its own; add it there"
-        )
-
-
-FAMILY_CHECKS = {
-    "llama": _check_llama, "gpt2": _check_gpt2, "mixtral": _check_moe, "qwen3_moe": _check_moe,
-}  # fmt: skip
-
-
 def _check_batch(config: Config, rules: Table, sizes: dict[str, int]) -> Iterator[str]:
     b, loss = config.batch, config.loss
     microbatches = {"batch.microbatches": b.microbatches}
@@ -473,17 +411,11 @@ def _check_weights(
     m = config.model
     rows = padded_vocab(m)
     dims = [
-        ("embed", "model.embed_dim", m.embed_dim), ("mlp", "model.mlp_dim", m.mlp_dim),
-        ("head_dim", "model.head_dim", m.head_dim), ("norm", "model.embed_dim", m.embed_dim),
-        ("layers", "model.num_layers", m.num_layers),
-    ]  # fmt: skip
+        (dim, f"model.{field.name}", getattr(m, field.name))
+        for field in dataclasses.fields(m)
+        for dim in field.metadata["dim"].split()
+    ]
     dims += [("norm", "model.head_dim", m.head_dim)] if m.qk_norm else []
-    if "num_experts" in vars(m):
-        dims += [("experts", "model.num_experts", vars(m)["num_experts"])]
-        dims += [("mlp", "model.expert_mlp_dim", vars(m)["expert_mlp_dim"])]
-        dims += [("mlp", "model.shared_expert_dim", vars(m)["shared_expert_dim"])]
-    positions = vars(m).get("max_positions")  # of gpt2
-    dims += [("positions", "model.max_positions", positions)] if positions else []
     for dim, name, size in dims:
         yield from _divide(name, size, _axes(rules, dim, sizes) | _axes(storage, dim, sizes))
     ways = _axes(rules, "vocab", sizes) | _axes(storage, "vocab", sizes)

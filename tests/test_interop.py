@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from jaxlm import interop
 from jaxlm.cli import main
 from jaxlm.config import UserError
-from jaxlm.interop.hugging_face import _run_config, read_model
+from jaxlm.interop.hugging_face import _run_config
+from jaxlm.interop.read import read_model
 from jaxlm.interop.safetensors_files import INDEX, SINGLE
 from jaxlm.mesh import open_mesh
 from jaxlm.models.llama import to_hugging_face

@@ -83,7 +83,7 @@ def take_along(config: cfg.Config, tokenizer: Tokenizer) -> None:
     if kept is None:
         return
     about = read_json(kept, CONFIG)
-    if about.get("model_type") != config.model.family:
+    if about.get("model_type") not in family_module(config.model.family).MODEL_TYPES:
         logger.warning(
             "checkpoint.start_from: %s is not carried along: model_type=%s there, and "
             "model.family=%s here", kept, about.get("model_type"), config.model.family,
@@ -146,7 +146,7 @@ def positions(config: cfg.Config) -> int:
     if kept is None and config.checkpoint.start_from:
         kept = find(config.checkpoint.start_from)
     longest = read_json(kept, CONFIG).get("max_position_embeddings") if kept else None
-    learned = family_module(config.model.family).learned_positions(config.model)
+    learned = config.model.learned_positions
     return longest if isinstance(longest, int) and not learned else 0
 
 
@@ -226,6 +226,6 @@ def _merge(
     if changed.keys() & set(ROPE):
         kept = {key: value for key, value in kept.items() if key not in ROPE}
         changed |= {key: ours[key] for key in ROPE if key in ours}
-    if isinstance(longest, int) and not family.learned_positions(model):
+    if isinstance(longest, int) and not model.learned_positions:
         changed["max_position_embeddings"] = max(longest, trained_length)
     return kept | changed | {key: ours[key] for key in ("architectures", "torch_dtype")}
