@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 from jaxlm import __version__, configfile
 from jaxlm import config as cfg
 from jaxlm.state import Arrays, State
+from jaxlm.yaml_values import yaml_text
 
 FORMAT = 1  # of a checkpoint; a reader refuses a newer one
 ARRAYS, JSON = ("params", "fixed", "opt"), ("data", "config")
@@ -213,7 +214,7 @@ def refuse_other_run(
     if there != here:
         changes.append(("tokenizer", str(there)[:12], here[:12]))
     if changes:
-        text = configfile.yaml_text
+        text = yaml_text
         different = _first([f"{key}={text(a)} there, {text(b)} here" for key, a, b in changes])
         raise cfg.UserError(
             f"run.dir={run_dir} holds a run of another model: {different}; choose another run.dir"

@@ -287,17 +287,17 @@ def _generate(args) -> None:
 
 
 def _import(args) -> None:
-    from jaxlm import interop
+    from jaxlm.interop import hugging_face
 
-    interop.import_run(args.source, args.out, args.overrides)
+    hugging_face.import_run(args.source, args.out, args.overrides)
     print(f"{args.out} has the weights of {args.source} as step 0")
 
 
 def _export(args) -> None:
     config = _start(args, args.target)
-    from jaxlm import interop
+    from jaxlm.interop import hugging_face
 
-    interop.export_run(config, args.out, args.step, args.dtype, args.shard_gb)
+    hugging_face.export_run(config, args.out, args.step, args.dtype, args.shard_gb)
     print(f"{args.out} has the weights of {args.target} in {args.dtype}")
 
 

@@ -8,18 +8,17 @@ from typing import Any
 
 from jaxlm.config import AXES, DIMS, FAMILIES, RULES, STORAGE, Config, UserError
 from jaxlm.configfile import (
-    KINDS,
     Key,
     changes,
-    did_you_mean,
     plain,
     schema,
     sections,
     tables,
     to_dict,
     yaml_lines,
-    yaml_text,
 )
+from jaxlm.nearest import did_you_mean
+from jaxlm.yaml_values import KINDS, yaml_text
 
 CHANGES = {
     "recompiles": "the train step is compiled anew",

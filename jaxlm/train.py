@@ -43,8 +43,10 @@ def train(config: cfg.Config) -> None:
     data.check_vocab(training, config.model.vocab_size)
     run_dir = cfg.run_dir(config)
     prediction = predict(config, mesh, structure)
-    facts = functools.partial(load.data_state, split=training, batch=config.batch, seed=config.seed)
-    for key, before, now in checkpoint.refuse_other_run(run_dir, config, facts(0)):
+    data_state = functools.partial(
+        load.data_state, split=training, batch=config.batch, seed=config.seed
+    )
+    for key, before, now in checkpoint.refuse_other_run(run_dir, config, data_state(0)):
         logger.info("changed since the last start: %s=%s, was %s", key, now, before)
     with jax.set_mesh(mesh):
         shardings = batch_shardings(config, layout, mesh)
@@ -52,7 +54,7 @@ def train(config: cfg.Config) -> None:
         tokenizer = run.training_tokenizer(config)
         example = run.example_prompt(config, tokenizer, training)
         write_samples = make_sampling(config, structure, layout, mesh, tokenizer)
-        state, start = run.first_state(config, layout, optimizer, mesh, facts)
+        state, start = run.first_state(config, layout, optimizer, mesh, training)
         batches = load.batches(
             training, config.batch, config.seed, shardings, start,
             order=sequence_order(layout, config.batch.sequence_length),
@@ -93,7 +95,7 @@ def train(config: cfg.Config) -> None:
                         log.evaluation(done, held_out(state))
                     if saving:
                         checkpoint.save(
-                            manager, done, state, facts(done), configfile.to_dict(config)
+                            manager, done, state, data_state(done), configfile.to_dict(config)
                         )
                     if sampling:
                         log.samples(done, write_samples(state))
