@@ -236,7 +236,7 @@ def test_include(base):
         (["mesh.qqqqqq=2"], ["mesh has replica, stage"]),
         (["qqqqqq=2"], ["top-level names are name, steps"]),
         (["model.max_positions=9"], ["key of family gpt2; model.family is llama"]),
-        (["model.family=gtp2"], ["must be one of gpt2, llama", "did you mean gpt2?"]),
+        (["model.family=gtp2"], ["must be one of ", "gpt2, llama, mixtral", "did you mean gpt2?"]),
         (["model.family=[a]"], ["must be text, not a list"]),
         (["mesh=3"], ["mesh=3 must be a mapping"]),
         (["mesh=null"], ["must be a mapping; leave it out"]),
@@ -322,7 +322,7 @@ def test_the_quotes_that_an_error_names_work(base, text):
         ("steps: 3\n", ["model.family, model.num_layers", "data.path"]),
         (
             "steps: 3\nmodel: {rope_theta: 1}\n",
-            ["is a key of family llama or ", "set model.family=llama or "],
+            ["is a key of family ", "; set model.family=", "llama or mixtral"],
         ),
         (GPT2 + "include: nowhere.yaml\n", ["f.yaml:14: include: nowhere.yaml", "No such file"]),
         (GPT2 + "include: f.yaml\n", ["cycle: f.yaml -> f.yaml"]),

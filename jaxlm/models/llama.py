@@ -164,7 +164,7 @@ def from_hugging_face(hf: dict) -> dict:
 
 def shared_from_hugging_face(found: dict) -> dict:
     """What Llama's relatives read alike, of the values in config.json."""
-    if found["hidden_act"] not in ("silu", "swish"):  # two names of one function
+    if found.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise cfg.UserError(f"hidden_act={found['hidden_act']} is not supported; silu is")
     heads, width = found["num_attention_heads"], found["hidden_size"]
     return {
