@@ -221,6 +221,11 @@ class Model:
         """What embeddings are multiplied by, in the compute type, where they enter the model."""
         return 1.0
 
+    @property
+    def expert_share(self) -> float:
+        """The part of a layer's experts that a token is sent to."""
+        return 1.0
+
     def shrunk(self, small: dict[str, Any], length: int) -> dict[str, Any]:
         """Keys that a small copy of the model needs beside `small`, for texts of this length.
 

@@ -61,7 +61,7 @@ def _active(model: cfg.Model, dims: str) -> float:
     """The part of a weight that a token meets: of experts those that it is sent to."""
     if not {"experts", "mlp"} <= set(dims.split()):
         return 1.0
-    return vars(model)["experts_per_token"] / vars(model)["num_experts"]
+    return model.expert_share
 
 
 @contextlib.contextmanager

@@ -106,31 +106,35 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
     """Sums over the batch: loss, weight, gradients, aux. The one seam between kinds of step."""
     params = defer_reduction(state.params, structure, layout)
     fixed = defer_reduction(state.fixed, structure, layout)
-    grad_fn = jax.value_and_grad(
-        functools.partial(loss_sums, config, structure, layout), has_aux=True
-    )
-
-    def microbatch(sums, part):
-        (total, aux), grads = grad_fn(params, fixed, part)
-        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (aux, grads)), None
-
-    count = config.batch.microbatches
     if layout.size("layers") > 1:
         aux, grads = pipeline.accumulate(config, structure, params, fixed, batch, layout)
-    elif count == 1:
-        whole = batch | {"aux_weight": jnp.sum(batch["weights"])}
-        (_, aux), grads = grad_fn(params, fixed, whole)
     else:
-        parts = split_batch(batch, count)
-        parts["aux_weight"] = aux_weights(batch, parts)
-        first = jax.tree.map(lambda x: x[0], parts)
-        (_, aux), _ = jax.eval_shape(grad_fn, params, fixed, first)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
-        sums = zeros, jax.tree.map(_unreduced_zeros, params)
-        (aux, grads), _ = jax.lax.scan(microbatch, sums, parts)
+        aux, grads = accumulate(config, structure, params, fixed, batch, layout)
     grads = reduce_gradients(grads, structure, layout)
     aux = read_peaks(aux)
     return aux.pop("loss"), aux.pop("weight"), grads, aux
+
+
+def accumulate(config: cfg.Config, structure: Structure, params, fixed, batch, layout: Layout):
+    """(aux, gradients) of the microbatches, one after another, summed."""
+    loss = functools.partial(loss_sums, config, structure, layout)
+    grad_fn = jax.value_and_grad(loss, has_aux=True)
+    if config.batch.microbatches == 1:
+        whole = batch | {"aux_weight": jnp.sum(batch["weights"])}
+        (_, aux), grads = grad_fn(params, fixed, whole)
+        return aux, grads
+
+    def add(sums, part):
+        (_, aux), grads = grad_fn(params, fixed, part)
+        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (aux, grads)), None
+
+    parts = split_batch(batch, config.batch.microbatches)
+    parts["aux_weight"] = aux_weights(batch, parts)
+    first = jax.tree.map(lambda x: x[0], parts)
+    (_, aux), _ = jax.eval_shape(grad_fn, params, fixed, first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+    sums, _ = jax.lax.scan(add, (zeros, jax.tree.map(_unreduced_zeros, params)), parts)
+    return sums
 
 
 def loss_sums(config: cfg.Config, structure: Structure, layout: Layout, params, fixed, batch):
