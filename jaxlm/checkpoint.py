@@ -31,8 +31,8 @@ FORMAT = 1  # of a checkpoint; a reader refuses a newer one
 ARRAYS, JSON = ("params", "fixed", "opt"), ("data", "config")
 PathLike = str | os.PathLike[str]
 
-# Orbax logs its progress, and the errors that it raises as well; of a read that failed, the rest
-# comes in after its event loop is closed.
+# Orbax logs its progress, and every error that it also raises. After a read that failed, asyncio
+# complains that the event loop is closed.
 logging.getLogger("absl").addFilter(lambda record: "orbax/checkpoint" not in record.pathname)
 for _name in ("asyncio", "concurrent.futures"):
     logging.getLogger(_name).addFilter(
@@ -82,8 +82,8 @@ def save(
 ) -> None:  # fmt: skip
     """Copy the state off the devices and write it in the background; it may be donated at once.
 
-    Raises UserError if the save before this one failed, and then has not begun: calling it again
-    saves; also if this one cannot begin, or if the step is there already.
+    Raises UserError, and has saved nothing, if the save before this one failed (call it again), if
+    this one cannot begin, or if the step is there already.
     """
     finish(manager)
     path = f"{manager.directory}/{step}"
@@ -95,7 +95,7 @@ def save(
     for name, item in (("data", data), ("config", about)):
         items[name] = ocp.args.JsonSave(json.loads(json.dumps(item)))  # copied: written later
     try:
-        # `force`: when to save is our loop's decision alone.
+        # `force`: our loop decides when to save, not Orbax.
         manager.save(step, args=ocp.args.Composite(**items), force=True)
     except (OSError, ValueError) as error:  # the latter is TensorStore's
         raise _not_saved(path, error) from error

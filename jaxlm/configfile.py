@@ -198,9 +198,9 @@ def _read_override(override: str) -> dict[str, Entry]:
 
 
 def _override_node(name: str, text: str) -> yaml.Node:
-    """The value of an override: YAML, but a key of text takes what is written as it stands.
+    """The value of an override. It is read as YAML, but text is taken as it is written.
 
-    Of text, YAML is only what stands in quotes or brackets: '# x' would be a comment, *x an alias.
+    Text is YAML only in quotes or brackets: else '# x' would be a comment, and *x an alias.
     """
     bare = text.strip()
     quoted = len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\""

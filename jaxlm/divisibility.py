@@ -11,7 +11,7 @@ from jaxlm.config import AXES, RULES, STORAGE, Config, padded_vocab
 from jaxlm.models import family_module
 from jaxlm.nearest import divide, divisors, factorisations, join, near_divisors, product
 
-# Arrays of the model: in use, an axis may split only one dimension of each.
+# The arrays of a model, by their dimensions: an axis may split only one dimension of each in use.
 ARRAYS = (
     "batch seq embed", "batch residual_seq embed", "batch seq heads head_dim",
     "batch seq kv_heads head_dim", "batch seq mlp", "batch seq vocab",
@@ -23,7 +23,7 @@ Table = dict[str, tuple[str, ...]]
 
 
 def layout_problems(config: Config, sizes: dict[str, int]) -> Iterator[str]:
-    """Every dimension that its axes do not fit, each with the nearest values that do."""
+    """Every dimension that its mesh axes do not divide, each with the nearest values that do."""
     rules, storage = RULES | config.rules, STORAGE | config.storage
     yield from _check_arrays(rules, sizes)
     yield from _check_heads(config, rules, storage, sizes)
@@ -78,7 +78,7 @@ def _check_batch(config: Config, rules: Table, sizes: dict[str, int]) -> Iterato
 def _check_pipeline(
     config: Config, rules: Table, storage: Table, sizes: dict[str, int]
 ) -> Iterator[str]:
-    """Layers divide into chunks, and with repeats microbatches go in turns of all stages."""
+    """Layers divide into chunks; with pipeline.repeats, microbatches divide over the stages."""
     stages, repeats, count = sizes["stage"], config.pipeline.repeats, config.batch.microbatches
     if stages == 1:
         if repeats > 1:

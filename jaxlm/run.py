@@ -1,4 +1,4 @@
-"""A run's directory: its config, its tokenizer, its state to go on from, its model at some step."""
+"""A run's directory: its config, its tokenizer, the state to continue from, its model at a step."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def config_path(path: str | os.PathLike) -> Path:
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> cfg.Config:
     """The config of a YAML file, or of a run directory.
 
-    Of the latter, `run.dir` is where it lies now, and which processes made it does not matter.
+    A run directory may have been moved, and made by other processes: `run.dir` is where it is now.
     """
     path = Path(path)
     if not os.path.isdir(path):
@@ -107,9 +107,9 @@ def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
 
 
 def training_tokenizer(config: cfg.Config) -> Tokenizer:
-    """The tokenizer of a run's dataset; texts end also where those of its first weights did.
+    """The tokenizer of a run's dataset, with the ends of text of the model that it starts from.
 
-    An imported model may have more tokens that end a text than the one that ends documents.
+    An imported model may have several tokens that end a text; documents end with one of them.
     """
     tokenizer = load_tokenizer(config.data.path)
     first = [config.checkpoint.start_from] if config.checkpoint.start_from else []
@@ -154,7 +154,7 @@ def find_tokenizer(config: cfg.Config) -> Tokenizer:
 def tokenizer_place(config: cfg.Config) -> Path | None:
     """The directory with the tokenizer of a run: its own, or that of the data it was trained on.
 
-    An imported model was trained on no data of ours: what lies at data.path is not its tokenizer.
+    An imported model was not trained on data.path, so a tokenizer there is not its own.
     """
     run_dir = cfg.run_dir(config)
     places = [run_dir] if carried.find(run_dir) else [run_dir, Path(config.data.path)]
@@ -177,9 +177,9 @@ def open_model(config: cfg.Config, step: int | None = None) -> Iterator[LoadedMo
 
 
 def prepare_data(config: cfg.Config) -> None:
-    """Build the built-in corpus that data.corpus names, at its own place and at no other.
+    """Build the built-in corpus that data.corpus names, if data.path is the place of that corpus.
 
-    A data.path elsewhere is the user's: where it does not exist it is mistyped, and UserError.
+    Any other data.path is a dataset of the user: where it does not exist, UserError.
     """
     corpus, path = config.data.corpus, Path(config.data.path)
     if corpus == "none" or path.exists():

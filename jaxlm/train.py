@@ -35,7 +35,7 @@ logger = logging.getLogger("jaxlm")
 
 def train(config: cfg.Config) -> None:
     """Train to config.steps, from the newest checkpoint of the run directory if it has one."""
-    if jax.process_count() == 1:  # where one loads and others compile, gloo gives up waiting
+    if jax.process_count() == 1:  # of several, one would load while others compile, and time out
         program_cache.keep()
     mesh, layout, structure, optimizer, train_step, options = make_program(config)
     run.prepare_data(config)
@@ -108,7 +108,7 @@ def train(config: cfg.Config) -> None:
 
 
 def predict(config: cfg.Config, mesh: Mesh, structure: Structure) -> dict[str, Any]:
-    """What the formulas of the planner expect of a step here; said, and kept with the metrics."""
+    """What the planner expects of a step on these devices; logged, and kept with the metrics."""
     with metrics.only_informs("plan: no prediction"):
         target, (cost, time) = estimate.predict(config, mesh, structure)
         logger.info(
@@ -123,12 +123,14 @@ def predict(config: cfg.Config, mesh: Mesh, structure: Structure) -> dict[str, A
 
 
 def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, shardings, options):
-    """state -> held-out numbers, or None where the dataset holds nothing out."""
+    """A function state -> held-out loss; None where the dataset holds nothing out."""
     if not data.read_manifest(config.data.path)["splits"]["validation"]["tokens"]:
         logger.info("no evaluation: the validation split of %s is empty", config.data.path)
         return None
     split = data.open_split(config.data.path, "validation")
-    evaluation_items(split, config.batch.sequence_length)  # a mistake must not stop a run half-way
+    evaluation_items(
+        split, config.batch.sequence_length
+    )  # a mistake is found now, not half-way through the run
     eval_step = make_eval_step(config, structure, layout, options)
 
     def held_out(state: State) -> dict:
@@ -145,9 +147,9 @@ def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, sh
 def make_sampling(
     config: cfg.Config, structure: Structure, layout: Layout, mesh: Mesh, tokenizer: data.Tokenizer
 ):
-    """state -> [(prompt, text)]: sample.prompts, continued."""
+    """A function state -> [(prompt, text that continues it)] for sample.prompts."""
     sample = config.sample
-    if sample.every:  # a mistake in the prompts must not stop a run half-way
+    if sample.every:  # finds a mistake in the prompts before the run, not in it
         prompts = generate.encode_prompts(tokenizer, list(sample.prompts))
         generate.check_lengths(config.model, prompts, sample.tokens)
 

@@ -20,7 +20,7 @@ from jaxlm.models import family_module
 from jaxlm.nearest import divide, join, near_divisors, or_list
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
-# Dimensions that stay in one piece, in use and (but for norms) at rest.
+# Dimensions that are not split, and why. Exceptions: `layers` by stage, `norm` at rest.
 WHOLE = {
     "layers": "layers are scanned", "parts": "the parts of a weight are taken apart",
     "norm": "a norm's scale meets whole vectors",

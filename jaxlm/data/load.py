@@ -59,7 +59,7 @@ def batches(
 
     def make(place: int) -> Item:
         index = items[place]
-        assert index is not None  # only a filter would make it so
+        assert index is not None  # None only after a filter, and there is none
         return item(packed, int(index))
 
     return _iterate(make, batch, sharding, order, start_step, MAX_STEPS, prefetch)

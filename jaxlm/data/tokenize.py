@@ -26,12 +26,12 @@ from jaxlm.data.separators import END_OF_TEXT, Separators
 
 logger = logging.getLogger("jaxlm")
 
-# Set in words, so that the library does not warn when a process that used threads forks.
+# If this is not set, the library warns when a process that has used its threads forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 BYTES = 256
-PIECES = 8  # of a long text, encoded at once
-LONG = 16  # pieces, in one, that are worth a warning
+PIECES = 8  # of a long text that are encoded together
+LONG = 16  # pieces without a cut between them: worth a warning
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
