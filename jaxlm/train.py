@@ -128,9 +128,7 @@ def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, sh
         logger.info("no evaluation: the validation split of %s is empty", config.data.path)
         return None
     split = data.open_split(config.data.path, "validation")
-    evaluation_items(
-        split, config.batch.sequence_length
-    )  # a mistake is found now, not half-way through the run
+    evaluation_items(split, config.batch.sequence_length)  # finds a mistake before the run
     eval_step = make_eval_step(config, structure, layout, options)
 
     def held_out(state: State) -> dict:
