@@ -228,10 +228,10 @@ def _train(args) -> None:
     config = _start(args, args.config)
     from jaxlm import train
 
-    train.train(_settled(config))
+    train.train(_with_mesh(config))
 
 
-def _settled(config):
+def _with_mesh(config):
     """The config with `mesh: auto` chosen for the devices that are there."""
     if not config.mesh.auto:
         return config
@@ -320,7 +320,7 @@ def _check(args) -> None:
 
     found = parse_target(args.target).devices() if args.target else None
     config = _start(args, args.config)
-    mesh, layout = open_mesh(config if found else _settled(config), found)
+    mesh, layout = open_mesh(config if found else _with_mesh(config), found)
     print(f"{args.config}: fits on {mesh.size} x {mesh.devices.flat[0].device_kind}")
     if layout.size("layers") > 1:
         print(pipeline.describe(config, layout.size("layers")))
