@@ -16,12 +16,13 @@ from jaxlm.config import (
     STORAGE,
     Config,
     Mesh,
+    Model,
     UserError,
     check_text,
     padded_vocab,
 )
 from jaxlm.configfile import did_you_mean
-from jaxlm.models import family_module
+from jaxlm.models import family_module, staged_pattern
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
 # Arrays of the model: in use, an axis may split only one dimension of each.
@@ -416,21 +417,35 @@ def _check_pipeline(
     if at_rest := [dim for dim, axes in config.storage.items() if "stage" in axes]:
         yield (f"storage.{at_rest[0]}: layers rest on their stage; drop stage")
     groups = family_module(config.model.family).groups(config.model)
+    factors = {"mesh.stage": stages} | ({"pipeline.repeats": repeats} if repeats > 1 else {})
+    if len(groups) == 1 and len(groups[0][0]) == 1:
+        yield from _divide("model.num_layers", config.model.num_layers, factors)
+    else:
+        yield from _divide_pattern(config.model, factors)
     if len(groups) > 1:
-        each = ", ".join(str(number) for _, number in groups)
-        yield (
-            f"mesh.stage={stages}: model.family={config.model.family} has {len(groups)} groups of "
-            f"layers here ({each}), and stages split one; use mesh.stage=1"
-        )
-    factors = {"mesh.stage": stages, "pipeline.repeats": repeats}
-    pattern, number = groups[0]
-    name = "model.num_layers" if len(pattern) == 1 else f"model.num_layers / {len(pattern)}"
-    yield from _divide(name, number, factors)
+        rows = _axes(rules, "batch", sizes) | {"batch.microbatches": count, "mesh.stage": stages}
+        yield from _divide("batch.sequences", config.batch.sequences, rows)
     if repeats > 1:
         yield from _divide("batch.microbatches", count, {"mesh.stage": stages})
     # Generation holds a part of every layer on every stage (generate.py).
     embed = _axes(rules, "embed", sizes) | _axes(storage, "embed", sizes)
     yield from _divide("model.embed_dim", config.model.embed_dim, embed | {"mesh.stage": stages})
+
+
+def _divide_pattern(model: Model, factors: dict[str, int]) -> Iterator[str]:
+    """The repeats of the pattern that stages are cut from divide; other layers are on no stage."""
+    pattern, number = staged_pattern(model)
+    unit = math.prod(factors.values())
+    if number % unit == 0:
+        return
+    below = number // unit * unit
+    layers = [model.num_layers + (n - number) * len(pattern) for n in (below, below + unit) if n]
+    fixes = [f"model.num_layers={_join(layers)}", *_near_factors(number, factors)]
+    yield (
+        f"model.num_layers={model.num_layers} has {number} repeats of the {len(pattern)} layers "
+        f"that stages are cut from, not divisible by {_product(factors)}; "
+        f"nearest: {', or '.join(fixes)}"
+    )
 
 
 def _check_heads(
@@ -475,7 +490,6 @@ def _check_weights(
     dims = [
         ("embed", "model.embed_dim", m.embed_dim), ("mlp", "model.mlp_dim", m.mlp_dim),
         ("head_dim", "model.head_dim", m.head_dim), ("norm", "model.embed_dim", m.embed_dim),
-        ("layers", "model.num_layers", m.num_layers),
     ]  # fmt: skip
     dims += [("norm", "model.head_dim", m.head_dim)] if m.qk_norm else []
     if "num_experts" in vars(m):
@@ -510,14 +524,19 @@ def _divide(name: str, value: int, factors: dict[str, int], pieces: int = 1) -> 
         return
     below = value // unit * unit
     fixes = [f"{name}={_join([n for n in (below, below + unit) if n])}"]
-    for key, factor in factors.items():
-        rest = unit // factor
-        if value % rest == 0:
-            fixes.append(f"{key}={_join(_near_divisors(value // rest, factor))}")
+    fixes += _near_factors(value, factors, pieces)
     yield (
         f"{name}={value} is not divisible by {f'{pieces} x ' if pieces > 1 else ''}"
         f"{_product(factors)}; nearest: {', or '.join(fixes)}"
     )
+
+
+def _near_factors(value: int, factors: dict[str, int], pieces: int = 1) -> Iterator[str]:
+    """The nearest sizes of each factor, the others as they are, with which all divide a value."""
+    for key, factor in factors.items():
+        rest = pieces * math.prod(factors.values()) // factor
+        if value % rest == 0:
+            yield f"{key}={_join(_near_divisors(value // rest, factor))}"
 
 
 def _product(factors: dict[str, int]) -> str:
