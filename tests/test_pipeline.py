@@ -12,11 +12,11 @@ import pytest
 import tiny
 
 from jaxlm import config as cfg
-from jaxlm import evaluate, generate, pipeline
+from jaxlm import generate, pipeline
 from jaxlm.data import load, open_split
 from jaxlm.models import llama, mixtral
 from jaxlm.plan import compiled as compiler
-from jaxlm.program import loss_and_grads, make_program
+from jaxlm.program import loss_and_grads, make_eval_step, make_program
 from jaxlm.sharding import batch_shardings, partitions, sequence_order
 from jaxlm.state import create_state
 from jaxlm.xla import account, hlo
@@ -287,7 +287,7 @@ def test_evaluation_and_generation_on_stages(mesh, data):
         config = configure(data, "llama", "batch.microbatches=4", *overrides)
         program, state, batches = open_run(config, devices)
         with jax.set_mesh(program.mesh):
-            step = evaluate.make_eval_step(config, program.structure, program.layout, {})
+            step = make_eval_step(config, program.structure, program.layout, {})
             rows.append(jax.device_get(step(state.params, state.fixed, batches[0])))
             texts.append(
                 generate.generate_tokens(
@@ -364,7 +364,7 @@ def test_a_pattern_and_a_rest_on_stages(data, monkeypatch):
         program, state, batches = open_run(config, devices)
         with jax.set_mesh(program.mesh):
             run = lambda s, b: loss_and_grads(config, program.structure, s, b, program.layout)  # noqa: B023
-            step = evaluate.make_eval_step(config, program.structure, program.layout, {})
+            step = make_eval_step(config, program.structure, program.layout, {})
             text = generate.generate_tokens(
                 config, program.structure, program.layout, program.mesh, state.params,
                 [[1, 2, 3], [7]], tokens=8, temperature=1.0,
