@@ -148,7 +148,7 @@ class Model:
 
     family: str = key(REQUIRED, "model family", choices=FAMILIES, changes="recompiles checkpoint")
     num_layers: int = key(
-        REQUIRED, "decoder blocks", minimum=1, changes="recompiles checkpoint numbers", dim="layers"
+        REQUIRED, "decoder blocks", minimum=1, changes="recompiles checkpoint numbers"
     )
     embed_dim: int = key(
         REQUIRED, "width of the residual stream", minimum=1,

@@ -7,9 +7,17 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from jaxlm.config import AXES, RULES, STORAGE, Config, padded_vocab
-from jaxlm.models import family_module
-from jaxlm.nearest import divide, divisors, factorisations, join, near_divisors, product
+from jaxlm.config import AXES, RULES, STORAGE, Config, Model, padded_vocab
+from jaxlm.models import family_module, staged_pattern
+from jaxlm.nearest import (
+    divide,
+    divisors,
+    factorisations,
+    join,
+    near_divisors,
+    near_factors,
+    product,
+)
 
 # The arrays of a model, by their dimensions: an axis may split only one dimension of each in use.
 ARRAYS = (
@@ -99,21 +107,35 @@ def _check_pipeline(
     if at_rest := [dim for dim, axes in config.storage.items() if "stage" in axes]:
         yield (f"storage.{at_rest[0]}: layers rest on their stage; drop stage")
     groups = family_module(config.model.family).groups(config.model)
+    factors = {"mesh.stage": stages} | ({"pipeline.repeats": repeats} if repeats > 1 else {})
+    if len(groups) == 1 and len(groups[0][0]) == 1:
+        yield from divide("model.num_layers", config.model.num_layers, factors)
+    else:
+        yield from _divide_pattern(config.model, factors)
     if len(groups) > 1:
-        each = ", ".join(str(number) for _, number in groups)
-        yield (
-            f"mesh.stage={stages}: model.family={config.model.family} has {len(groups)} groups of "
-            f"layers here ({each}), and stages split one; use mesh.stage=1"
-        )
-    factors = {"mesh.stage": stages, "pipeline.repeats": repeats}
-    pattern, number = groups[0]
-    name = "model.num_layers" if len(pattern) == 1 else f"model.num_layers / {len(pattern)}"
-    yield from divide(name, number, factors)
+        rows = _axes(rules, "batch", sizes) | {"batch.microbatches": count, "mesh.stage": stages}
+        yield from divide("batch.sequences", config.batch.sequences, rows)
     if repeats > 1:
         yield from divide("batch.microbatches", count, {"mesh.stage": stages})
     # Generation holds a part of every layer on every stage (generate.py).
     embed = _axes(rules, "embed", sizes) | _axes(storage, "embed", sizes)
     yield from divide("model.embed_dim", config.model.embed_dim, embed | {"mesh.stage": stages})
+
+
+def _divide_pattern(model: Model, factors: dict[str, int]) -> Iterator[str]:
+    """The repeats of the pattern that stages are cut from divide; other layers are on no stage."""
+    pattern, number = staged_pattern(model)
+    unit = math.prod(factors.values())
+    if number % unit == 0:
+        return
+    below = number // unit * unit
+    layers = [model.num_layers + (n - number) * len(pattern) for n in (below, below + unit) if n]
+    fixes = [f"model.num_layers={join(layers)}", *near_factors(number, factors)]
+    yield (
+        f"model.num_layers={model.num_layers} has {number} repeats of the {len(pattern)} layers "
+        f"that stages are cut from, not divisible by {product(factors)}; "
+        f"nearest: {', or '.join(fixes)}"
+    )
 
 
 def _check_heads(

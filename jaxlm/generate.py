@@ -109,7 +109,7 @@ def generate_tokens(
         return []
     layout = layout.replace(seq=(), residual_seq=())  # a single token cannot be split
     if layout.size("layers") > 1:
-        layout = spread_layers(layout)
+        layout = layout.unstaged()
         params = respread(params, structure, layout)
     prompts_BS, lengths_B = pad(prompts, math.lcm(layout.size("batch"), layout.size("cache_batch")))
     place = lambda array, dims: jax.make_array_from_callback(
@@ -123,13 +123,6 @@ def generate_tokens(
         )  # fmt: skip
         rows = np.asarray(out_BN)[: len(prompts)]
     return [row[row != NOTHING].tolist() for row in rows]
-
-
-def spread_layers(layout: Layout) -> Layout:
-    """The layout in which every stage has a part of every layer, gathered like that of fsdp."""
-    storage = dict(layout.storage)
-    storage["embed"] = (*storage.get("embed", ()), "stage")
-    return dataclasses.replace(layout.replace(layers=()), storage=tuple(storage.items()))
 
 
 def respread(params: Arrays, structure: Structure, layout: Layout) -> Arrays:

@@ -39,7 +39,7 @@ def _copies(layout: Layout, structure: Structure) -> Iterator[str]:
     for name, dims in structure.dims.items():
         if math.prod(structure.shapes[name]) < LARGE:
             continue
-        used = layout.stored_axes(dims)
+        used = structure.home(name, layout).stored_axes(dims)
         idle = tuple(axis for axis in SHARDING if sizes[axis] > 1 and axis not in used)
         dim = "embed" if "embed" in dims.split() else dims.split()[-1]
         if idle:

@@ -65,14 +65,19 @@ def divide(name: str, value: int, factors: dict[str, int], pieces: int = 1) -> I
         return
     below = value // unit * unit
     fixes = [f"{name}={join([n for n in (below, below + unit) if n])}"]
-    for key, factor in factors.items():
-        rest = unit // factor
-        if value % rest == 0:
-            fixes.append(f"{key}={join(near_divisors(value // rest, factor))}")
+    fixes += near_factors(value, factors, pieces)
     yield (
         f"{name}={value} is not divisible by {f'{pieces} x ' if pieces > 1 else ''}"
         f"{product(factors)}; nearest: {', or '.join(fixes)}"
     )
+
+
+def near_factors(value: int, factors: dict[str, int], pieces: int = 1) -> Iterator[str]:
+    """The nearest sizes of each factor, the others as they are, with which all divide a value."""
+    for key, factor in factors.items():
+        rest = pieces * math.prod(factors.values()) // factor
+        if value % rest == 0:
+            yield f"{key}={join(near_divisors(value // rest, factor))}"
 
 
 def product(factors: dict[str, int]) -> str:

@@ -153,24 +153,24 @@ def defer_reduction(arrays: Arrays, structure: Structure, layout: Layout) -> Arr
     """
 
     def one(name: str, array: jax.Array) -> jax.Array:
-        dims, over = structure.dims[name], structure.over[name]
+        dims, over, home = structure.dims[name], structure.over[name], structure.home(name, layout)
         if layout.gather_at == "step":
-            spec, dtype = layout.spec(dims), jnp.dtype(layout.compute)
+            spec, dtype = home.spec(dims), jnp.dtype(layout.compute)
         else:
-            spec, dtype = layout.stored(dims), array.dtype
-        return reshard(array.astype(dtype), P(*spec, reduced=layout.summed(over, spec)))
+            spec, dtype = home.stored(dims), array.dtype
+        return reshard(array.astype(dtype), P(*spec, reduced=home.summed(over, spec)))
 
     return {name: one(name, array) for name, array in arrays.items()}
 
 
 def reduce_gradients(grads: Arrays, structure: Structure, layout: Layout) -> Arrays:
     """The one reduction of a step, in precision.reduce, to the sharding at rest."""
-    return {
-        name: reshard(grad.astype(layout.reduce), layout.stored(structure.dims[name])).astype(
-            wide(layout.reduce)
-        )
-        for name, grad in grads.items()
-    }
+
+    def one(name: str, grad: jax.Array) -> jax.Array:
+        stored = structure.home(name, layout).stored(structure.dims[name])
+        return reshard(grad.astype(layout.reduce), stored).astype(wide(layout.reduce))
+
+    return {name: one(name, grad) for name, grad in grads.items()}
 
 
 def _unreduced_zeros(weight: jax.Array) -> jax.Array:

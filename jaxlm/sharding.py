@@ -86,6 +86,16 @@ class Layout:
         """The same layout with other axes for some dimensions in use."""
         return dataclasses.replace(self, rules=tuple({**dict(self.rules), **rules}.items()))
 
+    def unstaged(self) -> Layout:
+        """The layout in which every stage has a part of every layer, gathered like that of fsdp."""
+        storage = dict(self.storage)
+        storage["embed"] = (*storage.get("embed", ()), "stage")
+        return dataclasses.replace(self.replace(layers=()), storage=tuple(storage.items()))
+
+    def beside_stages(self) -> Layout:
+        """The layout of layers that are on no stage: the stages split rows, as data and fsdp do."""
+        return self.unstaged().replace(batch=(*dict(self.rules)["batch"], "stage"))
+
     def param(self, init, shape: tuple[int, ...], dims: str, over: str = "batch seq") -> nnx.Param:
         """A weight at rest from `init(shape, sharding)`; `over` names the activations it meets."""
         assert len(shape) == len(dims.split())

@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxlm import config as cfg
 from jaxlm.attention import SHORT
-from jaxlm.models import family_module
+from jaxlm.models import family_module, staged_group
 from jaxlm.optim import MIN_FACTORED
 from jaxlm.validate import validate
 
@@ -80,7 +80,8 @@ def shrink(config: cfg.Config, meshes: Sequence[MeshSizes]) -> cfg.Config:
     )
     # Other numbers of microbatches divide it too.
     turns = 2 * stages if config.pipeline.repeats > 1 else 2
-    sequences = math.lcm(unit("batch"), 2) * math.lcm(microbatches, turns)
+    beside = stages if len(family_module(m.family).groups(m)) > 1 else 1  # they split rows there
+    sequences = math.lcm(unit("batch") * beside, 2) * math.lcm(microbatches, turns)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(m, **smaller),
@@ -134,12 +135,14 @@ def num_layers(config: cfg.Config, meshes: Sequence[MeshSizes]) -> int:
     return config.model.num_layers
 
 
-def layer_kinds(model: cfg.Model) -> tuple[frozenset, frozenset]:
-    """The patterns of blocks, each with whether it is repeated, and which follow one another."""
+def layer_kinds(model: cfg.Model) -> tuple[frozenset, frozenset, tuple]:
+    """The patterns of blocks, each with whether it is repeated, which follow one another, and the
+    one that stages are cut from.
+    """
     groups = family_module(model.family).groups(model)
     kinds = [tuple(_kind(block) for block in pattern) for pattern, _ in groups]
     repeated = {(kind, min(2, repeats)) for kind, (_, repeats) in zip(kinds, groups, strict=True)}
-    return frozenset(repeated), frozenset(itertools.pairwise(kinds))
+    return frozenset(repeated), frozenset(itertools.pairwise(kinds)), kinds[staged_group(model)]
 
 
 def _kind(block: Any) -> Any:

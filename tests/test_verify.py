@@ -213,6 +213,8 @@ PATTERNS = {  # layers, keys, mesh: layers of the small config, and its groups a
     "many": (48, {}, {"data": 2}, 12, [(6, 2)]),
     "one": (6, {}, {"data": 2}, 6, [(6, 1)]),
     "on stages": (48, {}, {"stage": 4}, 24, [(6, 4)]),
+    "a rest beside stages": (26, {}, {"stage": 2}, 14, [(6, 2), (2, 1)]),
+    "most layers on stages": (50, {"dense_layers": 14}, {"stage": 2}, 38, [(1, 14), (6, 4)]),
     "after dense layers": (27, {"dense_layers": 3}, {"data": 2}, 15, [(1, 3), (6, 2)]),
 }
 

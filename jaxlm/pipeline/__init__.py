@@ -28,9 +28,10 @@ from jax.sharding import reshard
 
 from jaxlm import config as cfg
 from jaxlm.loss import aux_weights, read_aux, split_batch
+from jaxlm.models import staged_pattern
 from jaxlm.pipeline.chunks import from_chunks
 from jaxlm.pipeline.schedule import Schedule
-from jaxlm.pipeline.stages import Stages, rows_of
+from jaxlm.pipeline.stages import Stages
 from jaxlm.pipeline.tick import train_tick, zeros_of
 from jaxlm.sharding import Layout
 from jaxlm.state import Arrays, Structure
@@ -44,10 +45,14 @@ def make_schedule(config: cfg.Config, layout: Layout) -> Schedule:
 def describe(config: cfg.Config, stages: int) -> str:
     """One line about the schedule and its bubble."""
     s = Schedule(stages, config.pipeline.repeats, config.batch.microbatches)
+    pattern, number = staged_pattern(config.model)
+    on_stages = len(pattern) * number
+    rest = config.model.num_layers - on_stages
+    beside = f"{rest} layers on no stage, each stage with its rows, " if rest else ""
     few = "" if s.microbatches >= stages else "; more batch.microbatches make it smaller"
     return (
-        f"pipeline: {stages} stages x {s.repeats} chunks of "
-        f"{config.model.num_layers // (stages * s.repeats)} layers, {s.microbatches} microbatches, "
+        f"pipeline: {stages} stages x {s.repeats} chunks of {on_stages // (stages * s.repeats)} "
+        f"layers, {beside}{s.microbatches} microbatches, "
         f"1F1B in {s.ticks} + {s.warmup} ticks, bubble {s.bubble:.1%}{few}"
     )
 
@@ -72,6 +77,7 @@ def accumulate(
         carry, _ = jax.lax.scan(step, carry, jnp.arange(first, last))
     grads = {name: from_chunks(grad) for name, grad in carry.layers.items()}
     aux = {name: _whole(from_chunks(value)) for name, value in carry.aux.items()}
+    aux |= {name: _whole(value) for name, value in carry.beside.items()}
     _, aux = read_aux(aux, jnp.ones(()))  # they are weighted already
     return carry.sums | aux, {name: (grads | carry.outer)[name] for name in params}
 
@@ -89,7 +95,11 @@ def losses_of_rows(config, structure: Structure, params: Arrays, fixed: Arrays, 
         y_ZBSD = stages.forward(layers, frozen, x_ZBSD, item, parts)
         end = schedule.forward(t, last)
         part = {name: x[end.microbatch] for name, x in parts.items()}
-        rows = functools.partial(rows_of, stages, {}, stages.leave(y_ZBSD, last), part)
+
+        def rows():
+            nll_BS, _, _ = stages.head({}, stages.leave(y_ZBSD, last), part)
+            return jnp.sum(nll_BS * part["weights"], axis=1)
+
         due = end.valid & (end.repeat == schedule.repeats - 1)
         return stages.shift(y_ZBSD, 1), jax.lax.cond(
             due, rows, lambda: jnp.zeros_like(jnp.sum(part["weights"], -1))

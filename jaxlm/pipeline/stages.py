@@ -7,7 +7,6 @@ sequence, D embed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,14 @@ from jax.sharding import reshard
 
 from jaxlm import config as cfg
 from jaxlm.loss import PEAK, UPDATE, token_losses
-from jaxlm.models import family_module
-from jaxlm.models.decoder import run_group
+from jaxlm.models import family_module, staged_group
+from jaxlm.models.decoder import Decoder, run_group
 from jaxlm.pipeline.chunks import pick, pick_part, to_chunks
 from jaxlm.pipeline.schedule import Item, Schedule
 from jaxlm.sharding import Layout, partitions
 from jaxlm.state import Arrays, Structure
+
+TABLES = ("embed", "positions")  # parameters of the embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Stages:
     params: Arrays
     fixed: Arrays
 
+    @property
+    def group(self) -> int:
+        """The group of layers that is on stages; the others are before and after it."""
+        return staged_group(self.config.model)
+
     def numbers(self) -> jax.Array:
         """0 .. Z-1, each on its stage."""
         return reshard(jnp.arange(self.schedule.stages), P("stage"))
@@ -44,9 +50,19 @@ class Stages:
         return self.structure.merge(self.params, self.fixed, *arrays)
 
     def chunks(self, arrays: Arrays) -> Arrays:
-        """The stacked weights as [Z, V, k, ...]."""
-        stacked = lambda name: self.structure.dims[name].startswith("layers ")
-        return {n: to_chunks(a, self.schedule) for n, a in arrays.items() if stacked(n)}
+        """The weights of the group on stages as [Z, V, k, ...]."""
+        prefix = f"groups.{self.group}."
+        return {n: to_chunks(a, self.schedule) for n, a in arrays.items() if n.startswith(prefix)}
+
+    def before(self, arrays: Arrays) -> Arrays:
+        """The weights that meet a microbatch before its first stage."""
+        prefixes = tuple(f"groups.{i}." for i in range(self.group))
+        return {n: a for n, a in arrays.items() if n in TABLES or n.startswith(prefixes)}
+
+    def after(self, arrays: Arrays) -> Arrays:
+        """The weights outside the stages that meet it after its last one."""
+        both = {"embed"} if self.config.model.tie_embeddings else set()
+        return {n: a for n, a in arrays.items() if n in both or n not in self.before(arrays)}
 
     def marked(self, arrays: Arrays) -> Arrays:
         """Inside vmap: weights [k, ...] whose gradients wait (program.defer_reduction)."""
@@ -82,16 +98,49 @@ class Stages:
         )
         return where(here_Z, wide_ZBSD, ring)
 
-    def embed(self, tables: Arrays, part: Arrays) -> jax.Array:
-        """The embedding of a microbatch, [B, S, D]."""
-        return self.merge(tables).embed_tokens(part["tokens"], part["positions"], self.layout)
+    def embed(self, outer: Arrays, part: Arrays) -> tuple[jax.Array, Arrays]:
+        """What enters the first stage of a microbatch, [B, S, D], and the aux of layers before."""
+        model = self.merge(outer)
+        x_BSD = model.embed_tokens(part["tokens"], part["positions"], self.layout)
+        return self.run_beside(model, range(self.group), x_BSD, part)
+
+    def head(self, outer: Arrays, x_BSD: jax.Array, part: Arrays):
+        """The losses [B, S] of every token, as `token_losses` has them, and the aux of layers after
+        the last stage."""
+        model = self.merge(outer)
+        groups = range(self.group + 1, len(model.groups))
+        x_BSD, aux = self.run_beside(model, groups, x_BSD, part)
+        losses = token_losses(
+            model.finish(x_BSD, self.layout), model.head_weight(self.layout), part["targets"],
+            self.config.model, self.layout, self.config.loss.chunks,
+        )  # fmt: skip
+        return *losses, aux
+
+    def run_beside(self, model: Decoder, groups: range, x_BSD: jax.Array, part: Arrays):
+        """Groups of layers that are on no stage: every stage runs them for its part of the rows."""
+        if not groups:
+            return x_BSD, {}
+        layout, aux = self.layout.beside_stages(), {}
+        positions_BS = layout.move(part["positions"], "batch seq")
+        segments_BS = layout.move(part["segments"], "batch seq") if "segments" in part else None
+        x_BSD = layout.move(x_BSD, "batch residual_seq _")
+        for i in groups:
+            x_BSD, new = self._run_group(model, i, x_BSD, positions_BS, segments_BS, layout)
+            aux |= new
+        return self.layout.move(x_BSD, "batch residual_seq _"), aux
+
+    def _run_group(self, model: Decoder, i: int, x_BSD, positions_BS, segments_BS, layout: Layout):
+        family, blocks = family_module(self.config.model.family), list(model.groups[i])
+        table = family.encode_positions(self.config.model, positions_BS)
+        x_BSD, _, aux = run_group(blocks, x_BSD, table, positions_BS, segments_BS, layout, None)
+        return x_BSD, {f"group{i}/{name}": value for name, value in aux.items()}
 
     def enter(self, ring: jax.Array, t, outer: Arrays, parts: Arrays) -> jax.Array:
         """Inputs of the forward [Z, B, S, D]: stage 0 takes the embedding, and comes round to
         itself. So does a stage that nothing has reached yet, since zeros may have no norm."""
         item, first = self.schedule.forward(t, self.numbers()), self.schedule.forward(t, 0)
         part = {name: x[first.microbatch] for name, x in parts.items()}
-        new = functools.partial(self.embed, outer, part)
+        new = lambda: self.embed(outer, part)[0]
         if self.schedule.repeats == 1:
             x_BSD = new()
         else:
@@ -104,14 +153,8 @@ class Stages:
 
     def chunk(self, params: Arrays, fixed: Arrays, x_BSD, positions_BS, segments_BS):
         """Inside vmap: one chunk's layers, as (output, aux)."""
-        blocks = list(self.merge(params, fixed).groups[0])
-        table = family_module(self.config.model.family).encode_positions(
-            self.config.model, positions_BS
-        )
-        y_BSD, _, aux = run_group(
-            blocks, x_BSD, table, positions_BS, segments_BS, self.layout.without("stage"), None
-        )
-        return y_BSD, {f"group0/{name}": value for name, value in aux.items()}
+        model, layout = self.merge(params, fixed), self.layout.without("stage")
+        return self._run_group(model, self.group, x_BSD, positions_BS, segments_BS, layout)
 
     def inputs(self, layers: Arrays, frozen: Arrays, item: Item, parts: Arrays):
         """(weights, positions, segments) of each stage's item, with a leading Z."""
@@ -138,15 +181,12 @@ class Stages:
         def one(params, fixed, x_BSD, g_BSD, valid, weight, positions_BS, segments_BS=None):
             def run(params, x_BSD):
                 y_BSD, aux = self.chunk(params, fixed, x_BSD, positions_BS, segments_BS)
-                losses = [jnp.sum(v) for name, v in aux.items() if name.endswith("_loss")]
-                return (y_BSD, sum(losses, jnp.zeros((), weight.dtype))), aux
+                return (y_BSD, sum_aux_losses(aux, weight)), aux
 
             fixed = self.marked(fixed)
             (_, extra), pull, aux = jax.vjp(run, self.marked(params), x_BSD, has_aux=True)
             grads, dx_BSD = pull((g_BSD, weight.astype(extra.dtype)))
-            counted = lambda name: UPDATE in name or PEAK in name
-            scale = lambda name, v: v * (valid if counted(name) else weight).astype(v.dtype)
-            return grads, dx_BSD, {name: scale(name, v) for name, v in aux.items()}
+            return grads, dx_BSD, weigh_aux(aux, valid, weight)
 
         params, fixed, *rest = self.inputs(layers, frozen, item, parts)
         own_ZM = item.microbatch[:, None] == jnp.arange(self.schedule.microbatches)
@@ -156,20 +196,17 @@ class Stages:
         return jax.vmap(one)(params, fixed, x_ZBSD, g_ZBSD, item.valid, weights_Z, *rest)
 
 
-def rows_of(stages: Stages, outer: Arrays, x_BSD: jax.Array, part: Arrays) -> jax.Array:
-    """-log p(target) of a microbatch, summed over each row."""
-    nll_BS, _ = head(stages, outer, x_BSD, part)
-    return jnp.sum(nll_BS * part["weights"], axis=1)
+def sum_aux_losses(aux: Arrays, like: jax.Array) -> jax.Array:
+    """What blocks add to the loss of a microbatch, as `read_aux` has it, not weighted yet."""
+    losses = [jnp.sum(value) for name, value in aux.items() if name.endswith("_loss")]
+    return sum(losses, jnp.zeros((), like.dtype))
 
 
-def head(stages: Stages, outer: Arrays, x_BSD: jax.Array, part: Arrays):
-    """The final norm, the head and the losses of every token [B, S]."""
-    model = stages.merge(outer)
-    hidden_BSD, head_VD = model.finish(x_BSD, stages.layout), model.head_weight(stages.layout)
-    config = stages.config
-    return token_losses(
-        hidden_BSD, head_VD, part["targets"], config.model, stages.layout, config.loss.chunks
-    )
+def weigh_aux(aux: Arrays, valid: jax.Array, weight: jax.Array) -> Arrays:
+    """Means over a microbatch times its weight, and sums over it as they are."""
+    counted = lambda name: UPDATE in name or PEAK in name
+    scale = lambda name, v: v * (valid if counted(name) else weight).astype(v.dtype)
+    return {name: scale(name, value) for name, value in aux.items()}
 
 
 def where(here_Z: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -14,11 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.loss import sum_losses
 from jaxlm.pipeline.chunks import add_at, pick
-from jaxlm.pipeline.stages import Stages, head
+from jaxlm.pipeline.stages import Stages, sum_aux_losses, weigh_aux
 from jaxlm.sharding import partitions, wide
 from jaxlm.state import Arrays
-
-TABLES = ("embed", "positions")  # parameters of the embedding
 
 
 class Carry(NamedTuple):
@@ -28,8 +26,9 @@ class Carry(NamedTuple):
     g: jax.Array  # [Z, B, S, D]: the cotangent of each stage's next backward
     saved: jax.Array  # [Z, K, B, S, D]
     layers: Arrays  # gradients [Z, V, k, ...]
-    outer: Arrays  # gradients of the embedding, the final norm, the head
+    outer: Arrays  # gradients of the embedding, the final norm, the head, layers on no stage
     aux: Arrays  # of the blocks [Z, V, k, ...]
+    beside: Arrays  # aux of the layers on no stage
     sums: Arrays  # loss, weight, z_loss
 
 
@@ -63,46 +62,53 @@ def _add_loss(stages: Stages, outer, parts, carry: Carry, y_ZBSD, t) -> Carry:
     last = stages.schedule.stages - 1
     item = stages.schedule.forward(t, last)
     part = {name: x[item.microbatch] for name, x in parts.items()}
-    tied = stages.config.model.tie_embeddings
-    weights = {n: a for n, a in outer.items() if n not in TABLES or (tied and n == "embed")}
 
     def sums_of(weights, x_BSD):
-        nll_BS, z_BS = head(stages, weights, x_BSD, part)
-        sums = sum_losses(stages.config, nll_BS, z_BS, part["weights"])
-        return sums["loss"] + sums["z_loss"], sums
+        nll_BS, z_BS, aux = stages.head(weights, x_BSD, part)
+        sums, weight = sum_losses(stages.config, nll_BS, z_BS, part["weights"]), part["aux_weight"]
+        total = sums["loss"] + sums["z_loss"] + weight * sum_aux_losses(aux, weight)
+        return total, (sums, weigh_aux(aux, item.valid, weight))
 
-    def due(sums, grads, g_ZBSD):
+    def due(sums, beside, grads, g_ZBSD):
         x_BSD = stages.leave(y_ZBSD, last)
         pull = jax.value_and_grad(sums_of, argnums=(0, 1), has_aux=True)
-        (_, new), (new_grads, g_BSD) = pull(weights, x_BSD)
-        sums, grads = _add(sums, new), _add(grads, new_grads)
-        return sums, grads, stages.put(stages.numbers() == last, g_BSD, g_ZBSD)
+        (_, (new, aux)), (new_grads, g_BSD) = pull(stages.after(outer), x_BSD)
+        sums, beside, grads = _add(sums, new), _add(beside, aux), _add(grads, new_grads)
+        return sums, beside, grads, stages.put(stages.numbers() == last, g_BSD, g_ZBSD)
 
-    old = (carry.sums, carry.outer, carry.g)
+    old = (carry.sums, carry.beside, carry.outer, carry.g)
     if stages.schedule.repeats == 1:  # in every tick of this phase
         new = due(*old)
     else:
         now = item.valid & (item.repeat == stages.schedule.repeats - 1)
         new = jax.lax.cond(now, due, lambda *old: old, *old)
-    return carry._replace(**dict(zip(("sums", "outer", "g"), new, strict=True)))
+    return carry._replace(**dict(zip(("sums", "beside", "outer", "g"), new, strict=True)))
 
 
 def _add_embedding(stages: Stages, outer, parts, carry: Carry, dx_ZBSD, t) -> Carry:
-    """The gradient of the embedding, from what stage 0 hands back."""
+    """Gradients of what comes before the stages, from what stage 0 hands back."""
     item = stages.schedule.backward(t, 0)
     part = {name: x[item.microbatch] for name, x in parts.items()}
-    tables = {name: outer[name] for name in TABLES if name in outer}
-    if not tables:
+    weights, weight = stages.before(outer), jnp.where(item.valid, part["aux_weight"], 0)
+    if not weights and not stages.group:
         return carry
 
-    def due(grads):
-        _, pull = jax.vjp(lambda tables: stages.embed(tables, part), tables)
-        return _add(grads, *pull(stages.leave(dx_ZBSD, 0)))
+    def run(weights):
+        x_BSD, aux = stages.embed(weights, part)
+        return (x_BSD, sum_aux_losses(aux, weight)), aux
 
+    def due(beside, grads):
+        (_, extra), pull, aux = jax.vjp(run, weights, has_aux=True)
+        (new,) = pull((stages.leave(dx_ZBSD, 0), weight.astype(extra.dtype)))
+        return _add(beside, weigh_aux(aux, item.valid, weight)), _add(grads, new)
+
+    old = (carry.beside, carry.outer)
     if stages.schedule.repeats == 1:  # what is not valid is zero
-        return carry._replace(outer=due(carry.outer))
-    now = item.valid & (item.repeat == 0)
-    return carry._replace(outer=jax.lax.cond(now, due, lambda grads: grads, carry.outer))
+        beside, grads = due(*old)
+    else:
+        now = item.valid & (item.repeat == 0)
+        beside, grads = jax.lax.cond(now, due, lambda *old: old, *old)
+    return carry._replace(beside=beside, outer=grads)
 
 
 def zeros_of(stages: Stages, layers, frozen, outer, parts) -> Carry:
@@ -110,6 +116,11 @@ def zeros_of(stages: Stages, layers, frozen, outer, parts) -> Carry:
     x_ZBSD = stages.ring(parts)
     item = stages.schedule.backward(0, stages.numbers())
     _, _, aux = jax.eval_shape(stages.backward, layers, frozen, x_ZBSD, x_ZBSD, item, parts)
+    part = {name: x[0] for name, x in parts.items()}
+    _, before = jax.eval_shape(stages.embed, outer, part)
+    x_BSD = jax.eval_shape(stages.leave, x_ZBSD, 0)
+    _, _, after = jax.eval_shape(stages.head, outer, x_BSD, part)
+    beside = jax.tree.map(jnp.zeros_like, before | after)
     count, *shape = x_ZBSD.shape
     first, *rest = jax.typeof(x_ZBSD).sharding.spec
     saved = jnp.zeros(
@@ -129,7 +140,7 @@ def zeros_of(stages: Stages, layers, frozen, outer, parts) -> Carry:
     sums: Arrays = dict.fromkeys(("loss", "weight", "z_loss"), jnp.zeros((), wide(x_ZBSD.dtype)))
     return Carry(
         x_ZBSD, x_ZBSD, saved, {n: zeros(n, a) for n, a in layers.items()},
-        {n: zeros(n, a) for n, a in outer.items()}, jax.tree.map(stacked, aux), sums,
+        {n: zeros(n, a) for n, a in outer.items()}, jax.tree.map(stacked, aux), beside, sums,
     )  # fmt: skip
 
 
