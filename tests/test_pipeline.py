@@ -352,7 +352,7 @@ def test_experts_on_no_stage(layers, balance, mesh, data, monkeypatch):
 
 
 def test_a_pattern_and_a_rest_on_stages(data, monkeypatch):
-    """Gradients, evaluation and generation; where a tail runs, each stage has its own rows."""
+    """Gradients, evaluation, generation, and where weights rest."""
     local_global.register(monkeypatch)
     found = []
     mesh = ["mesh.stage=2", "mesh.data=2", "pipeline.repeats=2"]
@@ -377,6 +377,21 @@ def test_a_pattern_and_a_rest_on_stages(data, monkeypatch):
     for new, one in zip(found[1][1], found[0][1], strict=True):
         np.testing.assert_allclose(new, one, rtol=1e-5)
     assert found[1][2] == found[0][2]
+
+
+def test_layers_on_no_stage_split_rows_over_stages(data, monkeypatch):
+    """And so work as much for each layer as those on stages: 2 rows of 8 on 2 x 2 devices."""
+    local_global.register(monkeypatch)
+    true, seen = local_global.Local.__call__, set()
+
+    def call(self, x_BSD, *rest):
+        seen.add((jax.typeof(x_BSD).sharding.shard_shape(x_BSD.shape)[0], x_BSD.shape[0]))
+        return true(self, x_BSD, *rest)
+
+    monkeypatch.setattr(local_global.Local, "__call__", call)
+    config = local_and_global(data, "mesh.stage=2", "mesh.data=2", num_layers=14)
+    compiler.trace_train_step(config, make_program(config, jax.devices()[:4]))
+    assert seen == {(4, 8), (2, 8)}  # inside vmap over stages, and outside
 
 
 @pytest.mark.parametrize(
