@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Lint, types and tests. Arguments go to pytest; PYTHON=python3.11 tests on that one.
 # EXTRAS=test,plan-tpu,plan-gpu also compiles for TPUs and GPUs that are not there.
-# scripts/test.sh --fast: the tests that compile no step of a model and start no run (tests/conftest.py).
+# scripts/test.sh --fast: no test that compiles a step of a model or starts a run (tests/conftest.py).
 # scripts/test.sh -m nightly: more of the same, which takes an hour.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" "${EXTRAS:-test}"
-[ "${1:-}" != --fast ] || set -- -m fast "${@:2}"
+[ "${1:-}" != --fast ] || set -- -m 'not slow and not nightly' "${@:2}"
 times="installation $SECONDS s"
 trap 'echo "$0: $times, $SECONDS s in all"' EXIT
 part() { # NAME COMMAND...

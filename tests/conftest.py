@@ -1,11 +1,12 @@
 """Eight simulated CPU devices for every test, and one compile cache; before jax is imported.
 
-Also which tests are the fast tier (`scripts/test.sh --fast`): those of FAST, files that compile no
-step of a model and start no run.
+`scripts/test.sh --fast` leaves out what is marked slow: the tests of the files of SLOW, and those
+that carry the mark. `-m oldest` is what also runs on the oldest Python and jax.
 """
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,24 @@ def data(tmp_path_factory):
     import tiny
 
     return tiny.make_data(tmp_path_factory.mktemp("data") / "tokens")
+
+
+# Files whose tests compile steps of a model or start runs.
+SLOW = set(
+    "analytic attention audit checkpoint compile context evaluate every_layout gemma generate hlo "
+    "interop layouts liveness moe optim overflow parity pipeline plan plan_memory qwen round_trip "
+    "run split_memory train verify walk".split()
+)
+# Of these, what on an older jax may fail or compute something else: each of its transformations
+# and kinds of parallelism (every_layout), rules of optimizers, and numbers against an oracle.
+OLDEST = {"attention", "every_layout", "interop", "optim", "parity", "train"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark tests by their file."""
+    for item in items:
+        name = Path(item.path).stem.removeprefix("test_")
+        if name in SLOW:
+            item.add_marker("slow")
+        if name not in SLOW or name in OLDEST:
+            item.add_marker("oldest")
