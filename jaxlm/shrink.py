@@ -57,7 +57,6 @@ def shrink(config: cfg.Config, meshes: Sequence[Sizes]) -> cfg.Config:
     length = math.lcm(2 * unit("seq"), unit("residual_seq"), unit("seq") * chunks)
     length *= -(-32 // length)
     multiple = math.lcm(unit("vocab"), 8)
-    fields = {field.name for field in dataclasses.fields(m)}
     width = math.lcm(unit("embed") * unit("layers"), unit("norm"), 16)  # generation: over both
     # Adafactor keeps the means of wide matrices alone.
     least = MIN_FACTORED if config.optimizer.name == "adafactor" else 32
@@ -69,11 +68,12 @@ def shrink(config: cfg.Config, meshes: Sequence[Sizes]) -> cfg.Config:
         vocab_size=multiple * max(2, -(-64 // multiple)) - 3,
         init_std=m.init_std * math.sqrt(max(1.0, m.embed_dim / embed)),
     ) | dict(_scaled(m, b.sequence_length, length))  # fmt: skip
-    for name in ("expert_mlp_dim", "shared_expert_dim"):
-        if vars(m).get(name):
-            smaller[name] = mlp
-    if "max_positions" in fields:
-        smaller["max_positions"] = math.lcm(length, unit("positions"))
+    for field in dataclasses.fields(m):  # those of a family
+        if field.metadata["dim"] == "positions":
+            smaller[field.name] = math.lcm(length, unit("positions"))
+        elif field.metadata["dim"] == "mlp" and field.name != "mlp_dim" and getattr(m, field.name):
+            smaller[field.name] = mlp
+    smaller |= m.shrunk(smaller, length)
     kernels = config.attention.backend in ("splash", "cudnn")
     whole = config.attention.backend == "xla" or (
         config.attention.backend == "auto" and b.sequence_length <= SHORT
@@ -112,10 +112,6 @@ def _scaled(model: cfg.Model, before: int, length: int) -> Iterator[tuple[str, A
             yield name, min(value, length // 3) if value < before else length
         elif "softcap" in name and value:
             yield name, min(value, SOFTCAP)
-    if "rope_original_length" in vars(model):
-        yield "rope_original_length", min(vars(model)["rope_original_length"], length)
-    if "capacity_factor" in vars(model):
-        yield "capacity_factor", min(vars(model)["capacity_factor"], 1.0)
 
 
 def num_layers(config: cfg.Config, meshes: Sequence[Sizes]) -> int:

@@ -39,7 +39,7 @@ from jaxlm.validate import validate
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 FLOOR = 1e-4  # of the global norm: a smaller tensor is compared with this
 STEPS = 3
-MOST = 512  # devices of a mesh that is asked for
+MOST = 512  # devices of the largest mesh that may be asked for
 FAST = {"xla_backend_optimization_level": "0"}  # the same HLO, compiled in half the time
 Numbers = dict[str, dict[str, np.ndarray]]  # what -> name -> array
 Sizes = dict[str, int]  # of the axes of a mesh
@@ -275,7 +275,7 @@ def _optimizers(config: cfg.Config, dims: dict[str, str]) -> dict[str, Any]:
 
 
 def unlike(name: str, initial: np.ndarray) -> np.ndarray:
-    """Constant arrays (norms, biases) made unlike everywhere: else nobody sees a misplaced one."""
+    """Constant arrays (norms, biases) with unequal elements, so that a misplaced one is seen."""
     if initial.size < 2 or np.ptp(initial) > 0:
         return initial
     rng = np.random.default_rng(zlib.crc32(name.encode()))

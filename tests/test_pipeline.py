@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 from jaxlm import config as cfg
-from jaxlm import evaluate, generate, pipeline
+from jaxlm import generate, pipeline
 from jaxlm.data import load, open_split
 from jaxlm.models import llama
 from jaxlm.plan import compiled as compiler
-from jaxlm.program import loss_and_grads, make_program
+from jaxlm.program import loss_and_grads, make_eval_step, make_program
 from jaxlm.sharding import batch_shardings, sequence_order
 from jaxlm.state import create_state
 from jaxlm.xla import account, hlo
@@ -285,7 +285,7 @@ def test_evaluation_and_generation_on_stages(mesh, data):
         config = configure(data, "llama", "batch.microbatches=4", *overrides)
         program, state, batches = open_run(config, devices)
         with jax.set_mesh(program.mesh):
-            step = evaluate.make_eval_step(config, program.structure, program.layout, {})
+            step = make_eval_step(config, program.structure, program.layout, {})
             rows.append(jax.device_get(step(state.params, state.fixed, batches[0])))
             texts.append(
                 generate.generate_tokens(

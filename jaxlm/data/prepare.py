@@ -311,7 +311,7 @@ def _batched(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[s
     batch, size = [], 0
     for split, document in documents:
         batch.append((split, document))
-        size += len(document.text) + 1  # so that many empty ones are no batch without end
+        size += len(document.text) + 1  # empty ones count too, so that a batch ends
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -397,7 +397,7 @@ def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
             os.rename(final, old)
         os.rename(temporary, final)
         _sync_directory(final.parent)
-    except BrokenPipeError:  # of the reader of our output, and not of the disk
+    except BrokenPipeError:  # the program that read our output has ended; the disk is fine
         raise
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None

@@ -29,7 +29,7 @@ class Decoder(nnx.Module):
         init = lambda k: normal(k, config.init_std)
         self.config = nnx.static(config)
         self.embed = layout.param(init(keys[0]), table, "vocab embed")
-        length = family.learned_positions(config)
+        length = config.learned_positions
         shape = (length, config.embed_dim)
         self.positions = layout.param(init(keys[1]), shape, "positions embed") if length else None
         self.groups = nnx.List(
@@ -61,6 +61,8 @@ class Decoder(nnx.Module):
     def embed_tokens(self, tokens_BS, positions_BS, layout: Layout) -> jax.Array:
         """The residual stream [B, S, D] that enters the first block."""
         x_BSD = layout.take(layout.gather(self.embed), tokens_BS, "batch seq _")
+        if self.config.embedding_scale != 1:
+            x_BSD *= jnp.asarray(self.config.embedding_scale, x_BSD.dtype)
         if self.positions is not None:
             x_BSD += layout.take(layout.gather(self.positions), positions_BS, "batch seq _")
         return layout.move(x_BSD, "batch residual_seq _")
