@@ -28,6 +28,7 @@ from jaxlm import trackers
 from jaxlm.attention.xla import visible_pairs
 from jaxlm.hardware import chips
 from jaxlm.models import layer_windows
+from jaxlm.optim import is_matrix
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
 
@@ -48,7 +49,7 @@ def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int
     matmul = sum(
         math.prod(shape) * _active(model, structure.dims[name])
         for name, shape in structure.shapes.items()
-        if "embed" in structure.dims[name].split() and name != "positions"
+        if is_matrix(structure.dims[name]) and name != "positions"
     )
     if not model.tie_embeddings:
         matmul -= math.prod(structure.shapes["embed"])

@@ -118,6 +118,8 @@ def rematerialize(body, remat: cfg.Remat):
         )
     elif remat.policy == "names":
         policy = policies.save_only_these_names(*remat.names)
+    else:
+        assert remat.policy == "full", remat.policy
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
