@@ -9,9 +9,10 @@ source "$(dirname "$0")/setup.sh" "${EXTRAS:-test}"
 times="installation $SECONDS s"
 trap 'echo "$0: $times, $SECONDS s in all"' EXIT
 part() { # NAME COMMAND...
-    local start=$SECONDS
-    "${@:2}"
+    local start=$SECONDS status=0
+    "${@:2}" || status=$?
     times+=", $1 $((SECONDS - start)) s"
+    return "$status"
 }
 "$venv/bin/ruff" format --check .
 part lint "$venv/bin/ruff" check .
