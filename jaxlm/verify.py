@@ -204,7 +204,8 @@ def _gradients(config: cfg.Config, layout: Layout, mesh):
         metrics = {"loss": loss / weight, **mean(aux)}
         return mean(grads), metrics, optim.global_norm(mean(grads)), fixed
 
-    return lambda state, number: gradients(state, batches[number])
+    # Without the optimizer's state, which differs between optimizers: one program serves both.
+    return lambda state, number: gradients(dataclasses.replace(state, opt=()), batches[number])
 
 
 def _at_start(grads: dict, metrics: dict, norm: jax.Array) -> Numbers:

@@ -174,8 +174,20 @@ def their_balance_loss(model, out):
     return sum((c.router_aux_loss_coef * one(x) for x in logits), torch.zeros(()))
 
 
-@pytest.mark.parametrize("mesh_case", MESHES)
-@pytest.mark.parametrize("case", MODELS)
+ON_A_MESH = ("llama, untied", "llama, rope of llama3", "gpt2", "mixtral", "qwen3_moe")
+NIGHTLY = [
+    pytest.param(case, "fsdp x tensor", marks=pytest.mark.nightly)
+    for case in MODELS
+    if case not in ON_A_MESH
+]
+
+
+@pytest.mark.parametrize(
+    "case, mesh_case",
+    [(case, "one device") for case in MODELS]
+    + [(case, "fsdp x tensor") for case in ON_A_MESH]
+    + NIGHTLY,
+)
 def test_logits_and_gradients_are_those_of_transformers(case, mesh_case, theirs):
     check_logits_and_gradients(*theirs(case), mesh_case, case)
 

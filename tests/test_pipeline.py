@@ -69,7 +69,7 @@ def measure(config, num_devices, steps):
 def references(data):
     """One device with the same microbatches."""
     return functools.cache(
-        lambda family, *overrides: measure(configure(data, family, *overrides), 1, 10)
+        lambda family, steps, *overrides: measure(configure(data, family, *overrides), 1, steps)
     )
 
 
@@ -95,6 +95,7 @@ def assert_same(found, expected):
 
 
 CASES = [("llama", name) for name in LAYOUTS] + [("gpt2", "repeats")]
+STEPPED = ("repeats", "gathered once a step")  # also through ten steps
 
 
 @pytest.mark.parametrize("family, name", CASES)
@@ -102,8 +103,9 @@ def test_a_pipeline_is_the_same_run(family, name, data, references):
     devices, microbatches, overrides = LAYOUTS[name]
     overrides = [f"batch.microbatches={microbatches}", *overrides]
     plain = [o for o in overrides if not o.startswith(("mesh.", "pipeline.", "gather_at"))]
-    initial, sums, losses = measure(configure(data, family, *overrides), devices, 10)
-    initial_1, sums_1, losses_1 = references(family, *plain)
+    steps = 10 if name in STEPPED else 0
+    initial, sums, losses = measure(configure(data, family, *overrides), devices, steps)
+    initial_1, sums_1, losses_1 = references(family, steps, *plain)
     for array, value in initial_1.items():
         np.testing.assert_array_equal(initial[array], value, err_msg=array)
     assert_same(sums, sums_1)

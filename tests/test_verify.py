@@ -306,6 +306,14 @@ def test_numbers_of_microbatches_that_are_tried():
     assert other("mixtral") == 0 and other("mixtral", "model.balance=none") == 2
 
 
+def test_the_gradients_are_one_program(monkeypatch):
+    """For both optimizers, whose states differ; it takes the longest to compile."""
+    true, traced = verify.loss_and_grads, []
+    monkeypatch.setattr(verify, "loss_and_grads", lambda *args: traced.append(args) or true(*args))
+    verify.measure(tiny.config("llama"), False)
+    assert len(traced) == 1
+
+
 def test_the_optimizer_of_the_config_is_compared(monkeypatch):
     true = optim._orthogonalize_group
 
