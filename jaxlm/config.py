@@ -148,7 +148,7 @@ class Model:
 
     family: str = key(REQUIRED, "model family", choices=FAMILIES, changes="recompiles checkpoint")
     num_layers: int = key(
-        REQUIRED, "decoder blocks", minimum=1, changes="recompiles checkpoint numbers", dim="layers"
+        REQUIRED, "decoder blocks", minimum=1, changes="recompiles checkpoint numbers"
     )
     embed_dim: int = key(
         REQUIRED, "width of the residual stream", minimum=1,
@@ -219,6 +219,11 @@ class Model:
     @property
     def embedding_scale(self) -> float:
         """What embeddings are multiplied by, in the compute type, where they enter the model."""
+        return 1.0
+
+    @property
+    def expert_share(self) -> float:
+        """The part of a layer's experts that a token is sent to."""
         return 1.0
 
     def shrunk(self, small: dict[str, Any], length: int) -> dict[str, Any]:

@@ -8,18 +8,17 @@ from typing import Any
 
 from jaxlm.config import AXES, DIMS, FAMILIES, RULES, STORAGE, Config, UserError
 from jaxlm.configfile import (
-    KINDS,
     Key,
     changes,
-    did_you_mean,
     plain,
     schema,
     sections,
     tables,
     to_dict,
     yaml_lines,
-    yaml_text,
 )
+from jaxlm.nearest import did_you_mean
+from jaxlm.yaml_values import KINDS, yaml_text
 
 CHANGES = {
     "recompiles": "the train step is compiled anew",
@@ -46,7 +45,7 @@ def show(config: Config, sources: dict[str, str]) -> str:
 
 
 def explain(name: str, config: Config | None = None) -> str:
-    """What a key means and what changing it alters; of a section all its keys, of "" every key."""
+    """What a key means and what changing it alters; a section gives all its keys, "" every key."""
     keys = dict(schema(*FAMILIES))
     for own in schema(config.model.family).values() if config is not None else ():
         keys[own.name] = own._replace(families=keys[own.name].families)

@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import config as cfg
-from jaxlm import devices
 from jaxlm.data import Tokenizer, decode, encode_prompt
+from jaxlm.hardware import chips
 from jaxlm.interop import carried
 from jaxlm.models import family_module
 from jaxlm.models.decoder import Decoder, logits
@@ -109,27 +109,20 @@ def generate_tokens(
         return []
     layout = layout.replace(seq=(), residual_seq=())  # a single token cannot be split
     if layout.size("layers") > 1:
-        layout = spread_layers(layout)
+        layout = layout.unstaged()
         params = respread(params, structure, layout)
     prompts_BS, lengths_B = pad(prompts, math.lcm(layout.size("batch"), layout.size("cache_batch")))
     place = lambda array, dims: jax.make_array_from_callback(
         array.shape, NamedSharding(mesh, layout.spec(dims)), lambda index: array[index]
     )
     with jax.set_mesh(mesh):
-        program = make_program(layout, tokens, sampling, devices.kind(mesh).compiler_options)
+        program = make_program(layout, tokens, sampling, chips.kind(mesh).compiler_options)
         out_BN = program(
             structure.merge(params), place(prompts_BS, "batch _"), place(lengths_B, "batch"),
             np.uint32(seed), np.atleast_1d(np.asarray(NOTHING if eos is None else eos, np.int32)),
         )  # fmt: skip
         rows = np.asarray(out_BN)[: len(prompts)]
     return [row[row != NOTHING].tolist() for row in rows]
-
-
-def spread_layers(layout: Layout) -> Layout:
-    """The layout in which every stage has a part of every layer, gathered like that of fsdp."""
-    storage = dict(layout.storage)
-    storage["embed"] = (*storage.get("embed", ()), "stage")
-    return dataclasses.replace(layout.replace(layers=()), storage=tuple(storage.items()))
 
 
 def respread(params: Arrays, structure: Structure, layout: Layout) -> Arrays:

@@ -12,9 +12,10 @@ import transformers
 from safetensors.numpy import load_file
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from jaxlm import generate, interop
+from jaxlm import generate
 from jaxlm.interop.name_map import tensors, to_theirs
-from jaxlm.interop.read import read_model
+from jaxlm.interop.read import load_params, read_model
+from jaxlm.interop.write import save_params
 from jaxlm.mesh import open_mesh
 from jaxlm.models.decoder import logits
 from jaxlm.program import loss_and_grads
@@ -100,7 +101,7 @@ def opened(directory, mesh_case, *overrides):
     mesh, layout = open_mesh(config, jax.devices()[:count])
     with jax.set_mesh(mesh):
         structure = model_structure(config.model, layout)
-        params = interop.load_params(directory, structure, layout, mesh)
+        params = load_params(directory, structure, layout, mesh)
     return config, mesh, layout, structure, params
 
 
@@ -230,7 +231,7 @@ def test_there_and_back_keeps_all_bits(case, theirs, tmp_path):
 def check_round_trip(directory, model, tmp_path):
     """Import, export: the same files, and the same logits in transformers."""
     config, _, _, _, params = opened(directory, "fsdp x tensor")
-    interop.save_params(tmp_path / "out", params, config.model)
+    save_params(tmp_path / "out", params, config.model)
     before = load_file(directory / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -277,7 +278,7 @@ def test_our_model_in_transformers_and_back(family, overrides, tmp_path):
     with jax.set_mesh(mesh):
         structure = model_structure(config.model, layout)
         params, _ = jax.jit(lambda: init_params(config, layout))()
-        interop.save_params(tmp_path / "out", params, config.model)
+        save_params(tmp_path / "out", params, config.model)
     batch = make_batch(config.model.vocab_size)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     scores = our_logits(config, mesh, layout, structure, params, batch)
@@ -308,5 +309,5 @@ def test_padding_of_the_vocabulary_is_zero_and_not_exported(theirs, tmp_path):
     directory, _ = theirs("llama, untied")
     config, _, _, _, params = opened(directory, "fsdp x tensor", "model.vocab_multiple=256")
     assert params["head"].shape == (512, 32) and not np.asarray(params["head"])[301:].any()
-    interop.save_params(tmp_path / "out", params, config.model)
+    save_params(tmp_path / "out", params, config.model)
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].shape == (301, 32)

@@ -27,6 +27,7 @@ from jaxlm.interop.safetensors_files import inside
 from jaxlm.interop.write import new_directory, save_params
 from jaxlm.mesh import open_mesh
 from jaxlm.state import State, model_structure, trained
+from jaxlm.yaml_values import yaml_text
 
 PathLike = str | os.PathLike[str]
 
@@ -82,9 +83,7 @@ def _run_config(
         file = Path(directory) / "config.yaml"
         file.write_text(yaml.safe_dump(values), encoding="utf-8")
         try:
-            config = configfile.load(
-                file, [*overrides, f"run.dir={configfile.yaml_text(str(out))}"]
-            )
+            config = configfile.load(file, [*overrides, f"run.dir={yaml_text(str(out))}"])
         except cfg.UserError as error:
             text = re.sub(re.escape(str(file)) + r"(:\d+)?", f"{source}/config.json", str(error))
             raise cfg.UserError(text) from None

@@ -44,6 +44,20 @@ def family_module(name: str) -> ModuleType:
     return module
 
 
+def staged_group(config: cfg.Model) -> int:
+    """The group of layers that pipeline stages are cut from: the first with the most layers.
+
+    All stages run one program, so their layers are of one pattern; other groups are on no stage.
+    """
+    groups = family_module(config.family).groups(config)
+    return max(range(len(groups)), key=lambda i: len(groups[i][0]) * groups[i][1])
+
+
+def staged_pattern(config: cfg.Model) -> tuple[tuple[type, ...], int]:
+    """The blocks and repeats of that group."""
+    return family_module(config.family).groups(config)[staged_group(config)]
+
+
 def layer_windows(config: cfg.Model) -> list[int]:
     """The window of each layer's attention, tokens, as its block tells it; 0: all before it."""
     groups = family_module(config.family).groups(config)

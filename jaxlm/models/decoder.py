@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import reshard
 
 from jaxlm import config as cfg
-from jaxlm.models import family_module
+from jaxlm.models import family_module, staged_group
 from jaxlm.models.layers import normal
 from jaxlm.sharding import PRODUCT, SUMMED, Layout, wide_einsum
 
@@ -32,12 +32,15 @@ class Decoder(nnx.Module):
         length = config.learned_positions
         shape = (length, config.embed_dim)
         self.positions = layout.param(init(keys[1]), shape, "positions embed") if length else None
+        homes = {staged_group(config): layout}
+        beside = layout.beside_stages() if layout.size("layers") > 1 else layout
         self.groups = nnx.List(
             nnx.List(
-                _stack(block, config, layout, jax.random.fold_in(keys[2], 1000 * i + j), repeats)
+                _stack(block, config, home, jax.random.fold_in(keys[2], 1000 * i + j), repeats)
                 for j, block in enumerate(pattern)
             )
             for i, (pattern, repeats) in enumerate(family.groups(config))
+            for home in [homes.get(i, beside)]
         )
         self.final_norm = family.Norm(config, layout)
         tied = config.tie_embeddings
@@ -79,7 +82,8 @@ class Decoder(nnx.Module):
 def _stack(block: type, config: cfg.Model, layout: Layout, key: jax.Array, repeats: int):
     """A block's repeats, stacked; each is made where it will live."""
     keys = reshard(jax.random.split(key, repeats), layout.spec("layers"))
-    return jax.vmap(lambda key: block(config, layout.without("stage"), key))(keys)
+    inside = layout.without("stage") if layout.size("layers") > 1 else layout
+    return jax.vmap(lambda key: block(config, inside, key))(keys)
 
 
 def run_group(blocks: list, x_BSD, table, positions_BS, segments_BS, layout: Layout, cache):
@@ -118,6 +122,8 @@ def rematerialize(body, remat: cfg.Remat):
         )
     elif remat.policy == "names":
         policy = policies.save_only_these_names(*remat.names)
+    else:
+        assert remat.policy == "full", remat.policy
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 

@@ -79,6 +79,11 @@ class Config(cfg.Model):
     )  # fmt: skip
 
     @property
+    def expert_share(self) -> float:
+        """Those of the router's choice."""
+        return self.experts_per_token / self.num_experts
+
+    @property
     def microbatches_change_numbers(self) -> bool:
         """With the balance loss: a product of two means over the tokens of a microbatch.
 
@@ -127,9 +132,8 @@ class MoE(nnx.Module):
         self.gate = layout.param(normal(keys[1], std), (E, D, F), "experts embed mlp")
         self.up = layout.param(normal(keys[2], std), (E, D, F), "experts embed mlp")
         self.down = layout.param(normal(keys[3], std_out), (E, F, D), "experts mlp embed")
-        self.shared = None  # the expert that takes every token (arXiv:2401.06066)
-        if c.shared_expert_dim:
-            self.shared = GatedMLP(c, layout, keys[4:], c.shared_expert_dim)
+        shared = c.shared_expert_dim  # the expert that takes every token (arXiv:2401.06066)
+        self.shared = GatedMLP(c, layout, keys[4:], shared) if shared else None
         zeros = jnp.zeros(E, jnp.float32)
         self.bias = nnx.Variable(zeros, dims="_", over="") if c.balance == "bias" else None
 

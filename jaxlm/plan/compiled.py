@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from jaxlm import config as cfg
-from jaxlm import configfile, programs
+from jaxlm import configfile, program_cache
 from jaxlm.hardware.target import Target, parse_target
 from jaxlm.plan import cache, cost, overflow
 from jaxlm.program import Program, make_program, trace_train_step
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("jaxlm").setLevel(logging.INFO)
     try:
         if parse_target(args.target).platform == "cpu":
-            programs.keep()  # `train` loads it
+            program_cache.keep()  # `train` loads it
         else:  # compilers of absent devices cannot read what they kept
             jax.config.update("jax_enable_compilation_cache", False)
         print(json.dumps(report(configfile.load(args.config, args.overrides), args.target)))

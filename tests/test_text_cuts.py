@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from tokenizers import Tokenizer as Engine
 
 from jaxlm.config import UserError
-from jaxlm.data import cut, tokenize
+from jaxlm.data import text_cuts, tokenize
 from jaxlm.data.separators import Separators
 from jaxlm.data.tokenize import encode, encode_batch, make_bytes, make_characters, train_bpe
 
@@ -172,8 +172,8 @@ TOKENIZERS = {
 def test_pieces_have_the_tokens_of_the_whole(name, sizes, monkeypatch):
     engine = TOKENIZERS[name]()
     tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), Separators(None, None))
-    monkeypatch.setattr(cut, "PIECE", sizes[0])
-    monkeypatch.setattr(cut, "REACHES", sizes[1])
+    monkeypatch.setattr(text_cuts, "PIECE", sizes[0])
+    monkeypatch.setattr(text_cuts, "REACHES", sizes[1])
     pieces = {}
     for what, text in TEXTS.items():
         pieces[what] = len(list(tokenize._pieces(tokenizer, text)))
@@ -186,8 +186,8 @@ def test_pieces_have_the_tokens_of_the_whole(name, sizes, monkeypatch):
 
 
 def test_random_texts_and_patterns(monkeypatch):
-    monkeypatch.setattr(cut, "PIECE", 60)
-    monkeypatch.setattr(cut, "REACHES", (24, 80))
+    monkeypatch.setattr(text_cuts, "PIECE", 60)
+    monkeypatch.setattr(text_cuts, "REACHES", (24, 80))
     names = ("gpt2 pattern", "llama3", "qwen", "llama2", "wordpiece", "unigram", "white space")
     for name in names:
         engine = TOKENIZERS[name]()
@@ -200,8 +200,8 @@ def test_random_texts_and_patterns(monkeypatch):
 
 def test_merges_that_depend_on_where_a_word_begins(monkeypatch, caplog):
     """Windows agree by chance on pairs of "ab", which only the start of the text decides."""
-    monkeypatch.setattr(cut, "PIECE", 53)
-    monkeypatch.setattr(cut, "REACHES", (20, 40))
+    monkeypatch.setattr(text_cuts, "PIECE", 53)
+    monkeypatch.setattr(text_cuts, "REACHES", (20, 40))
     vocab = {"a": 0, "b": 1, "ab": 2, "abab": 3}
     engine = Engine(models.BPE(vocab=vocab, merges=[("a", "b"), ("ab", "ab")]))
     tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), Separators(None, None))
@@ -217,14 +217,14 @@ def test_merges_that_depend_on_where_a_word_begins(monkeypatch, caplog):
 def test_training_and_characters_see_every_word(monkeypatch):
     texts = list(TEXTS.values())
     whole = train_bpe(texts, 400).data
-    monkeypatch.setattr(cut, "PIECE", 60)
-    monkeypatch.setattr(cut, "REACHES", (24, 80))
+    monkeypatch.setattr(text_cuts, "PIECE", 60)
+    monkeypatch.setattr(text_cuts, "REACHES", (24, 80))
     assert len(list(tokenize._words(texts))) > 200
     assert train_bpe(texts, 400).data == whole
 
 
 def test_a_missing_word_is_named_and_short_texts_are_encoded_together(monkeypatch):
-    monkeypatch.setattr(cut, "PIECE", 50)
+    monkeypatch.setattr(text_cuts, "PIECE", 50)
     tokenizer = make_characters(["abc \n"])
     texts = ["a", "abc \n" * 40, "", "bc"]
     assert [len(ids) for ids in encode_batch(tokenizer, texts)] == [1, 200, 0, 2]
@@ -238,5 +238,5 @@ def test_a_long_text_at_the_real_size(name):
     tokenizer = tokenize._tokenizer(engine, engine.to_str().encode(), Separators(None, None))
     text = (prose(5) + blank(6)) * 400
     longest = max(end.right - begin.left for begin, end in tokenize._pieces(tokenizer, text))
-    assert longest < 1.1 * cut.PIECE < len(text) / 3
+    assert longest < 1.1 * text_cuts.PIECE < len(text) / 3
     assert encode(tokenizer, text).tolist() == engine.encode(text, add_special_tokens=False).ids

@@ -6,14 +6,14 @@ import pwd
 import jax
 import pytest
 
-from jaxlm import programs
+from jaxlm import program_cache
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
 
 
 @pytest.fixture
 def keep(monkeypatch, caplog, tmp_path):
-    """programs.keep() with a cache of its own -> (where jax keeps them, lines)."""
+    """program_cache.keep() with a cache of its own -> (where jax keeps them, lines)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
     monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", lambda _: None)
@@ -23,7 +23,7 @@ def keep(monkeypatch, caplog, tmp_path):
     def keep():
         jax.config.update("jax_compilation_cache_dir", None)
         caplog.clear()
-        programs.keep()
+        program_cache.keep()
         return jax.config.jax_compilation_cache_dir, caplog.messages
 
     yield keep
@@ -119,7 +119,7 @@ def test_links_in_a_circle_and_what_cannot_be_removed_are_one_line(keep, tmp_pat
 
 def test_what_the_user_chose_is_left_alone(keep, tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", "chosen")
-    programs.keep()
+    program_cache.keep()
     assert jax.config.jax_compilation_cache_dir == "chosen"
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
     jax.config.update("jax_compilation_cache_max_size", -1)

@@ -1,7 +1,7 @@
 """Compiled programs kept from one process to the next, by jax's persistent compilation cache.
 
-A kept program is machine code: who can write it can make its reader run anything. So it is kept in
-a directory that is the user's own and closed to all others, or nowhere. jax finds it by a hash of
+A kept program is machine code: whoever can write it can make its reader run anything. So it is kept
+in a directory that only the user can enter, or nowhere. jax finds it by a hash of
 the computation, the compiler's options and version, and the devices (a CPU's with its
 instructions), and reads it without pickle. https://docs.jax.dev/en/latest/persistent_compilation_cache.html
 """
@@ -20,7 +20,7 @@ from jaxlm import config as cfg
 
 logger = logging.getLogger("jaxlm")
 
-MAX_BYTES = 4 << 30  # of all programs; those unused for longest go first
+MAX_BYTES = 4 << 30  # of all programs; the least recently used go first
 
 
 def keep() -> None:
