@@ -19,8 +19,7 @@ from jaxlm.plan import compiled as compiler
 from jaxlm.program import loss_and_grads, make_eval_step, make_program
 from jaxlm.sharding import batch_shardings, partitions, sequence_order
 from jaxlm.state import create_state
-from jaxlm.xla import account, hlo
-from jaxlm.xla import collectives as traffic
+from jaxlm.xla import find_collectives, matmul_flops, mesh_axes, parse, walk
 
 LAYOUTS = {  # those of test_every_layout.py apart
     "stage=4, M not a multiple": (4, 6, ["mesh.stage=4", "batch.sequences=12"]),
@@ -207,13 +206,13 @@ def compiled_step(data, devices, *overrides):
 def dot_flops(text: str, keep) -> float:
     """FLOPs of the dots on one device whose sizes `keep` accepts, times the loops around them."""
     total = 0.0
-    for visit in hlo.walk(hlo.parse(text)):
+    for visit in walk(parse(text)):
         dot = visit.instruction
         if dot.opcode == "dot":
             operands = visit.computation.operands(dot)
             sizes = [n for one in (*operands, dot) for n in one.shapes[0].dims]
             assert visit.known
-            total += keep(sizes) * visit.times * account.matmul_flops(dot, visit.computation)
+            total += keep(sizes) * visit.times * matmul_flops(dot, visit.computation)
     return total
 
 
@@ -260,8 +259,9 @@ def test_messages_of_a_pipeline(data):
             data, 8, "mesh.stage=4", "mesh.data=2", f"batch.microbatches={count}",
             f"batch.sequences={2 * count}",
         )  # fmt: skip
-        rows = traffic.find_collectives(hlo.parse(compiled.as_text()))
-        place = lambda one: (one.kind, traffic.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
+        rows = find_collectives(parse(compiled.as_text()))
+        axes = dict(layout.axes)
+        place = lambda one: (one.kind, mesh_axes(one.groups, axes), one.loops)  # noqa: B023
         found[count] = sorted((*place(one), one.shapes) for one in rows)
         permutes = [one for one in rows if one.kind == "collective-permute"]
         # Forward only: 1; both: 2; backward only: 1.

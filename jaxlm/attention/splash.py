@@ -67,7 +67,7 @@ def attend(
     segments = () if segments_BS is None else (segments_BS,)
     specs = (spec, spec, spec) + (rows,) * len(segments)
     mapped = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
-    with jax.named_scope(f"window_{window}"):  # xla/account.py counts the kernel's FLOPs by it
+    with jax.named_scope(f"window_{window}"):  # compiled.py counts the kernel's FLOPs by it
         return mapped(q_BSHC, k_BTKC, v_BTKC, *segments)
 
 

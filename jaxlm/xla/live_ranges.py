@@ -1,4 +1,4 @@
-"""When every buffer of a compiled program is live, from its schedule: what the peak is made of.
+"""When every array of a compiled program is live, from its schedule: what its peak is made of.
 
 XLA's buffer assignment is followed (xla/service: hlo_live_range.cc, hlo_dataflow_analysis.cc,
 heap_simulator.cc): the schedule is flattened, a loop's body once and before the loop itself; what
@@ -9,25 +9,16 @@ operand of its shape that nobody reads later.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterator
+import functools
 
 import numpy as np
 
 from jaxlm.xla.hlo import Computation, Instruction, Module, Shape
+from jaxlm.xla.sharing import in_place, may_overwrite, origin
 
 DEVICE = 0  # the memory space that counts; on TPU 1 is VMEM, 5 the host's
 FREE = ("bitcast", "get-tuple-element", "tuple", "optimization-barrier", "constant", "after-all")
 HOLDS = ("while", "parameter", "conditional", "call", "copy", "copy-start", "broadcast")
-COPIES = ("bitcast", "copy", "convert", "reshape", "transpose")
-IN_PLACE = ("dynamic-update-slice", "scatter", "all-reduce-start")
-# An output may overwrite an operand that it reads element by element, or of a slice's update.
-ELEMENTWISE = frozenset(
-    "abs add and atan2 cbrt ceil clamp compare convert copy cosine divide erf exponential "
-    "exponential-minus-one floor is-finite log log-plus-one logistic maximum minimum multiply "
-    "negate not or power remainder round-nearest-afz round-nearest-even rsqrt select shift-left "
-    "shift-right-arithmetic shift-right-logical sign sine sqrt subtract tan tanh xor".split()
-)
 
 
 @dataclasses.dataclass(slots=True)
@@ -76,6 +67,34 @@ class Liveness:
             if value.buffer in now and value.bytes:
                 found.setdefault(value.buffer, []).append(value)
         return found
+
+    def writers(self, members: list[Value]) -> list[Value]:
+        """The values of a buffer that are computed; of a copy, those of what it is a copy of."""
+        for _ in range(8):
+            writers = [value for value in members if value.scope]
+            sources = {self.values[v.source].buffer for v in members if v.source >= 0}
+            if writers or not sources:
+                return writers
+            members = [value for value in self.values if value.buffer in sources]
+        return []
+
+    def carried(self, members: list[Value]) -> bool:
+        """Whether a buffer collects what a loop carries from one trip to the next."""
+        for value in members:
+            while value.source >= 0:
+                value = self.values[value.source]
+                if value.instruction.opcode == "parameter" and not value.argument:
+                    return True
+        return False
+
+    def is_temporary(self, value: Value) -> bool:
+        """Whether a value lies in no argument's buffer."""
+        return value.buffer not in self.argument_buffers
+
+    @functools.cached_property
+    def argument_buffers(self) -> set[int]:
+        """The buffers that arguments lie in."""
+        return {value.buffer for value in self.values if value.argument}
 
 
 def simulate(module: Module) -> Liveness:
@@ -169,7 +188,7 @@ class _Walk:
         if each.opcode == "while":
             return self._while(computation, each, operands[0])
         if each.opcode in ("call", "conditional") or each.opcode == "async-start":
-            called = list(called_computations(self.module, each))
+            called = called_computations(self.module, each)
             if called:
                 return self._call(computation, each, operands, called)
         self.clock += 1
@@ -300,105 +319,8 @@ class _Walk:
         self.parents[self._find(one)] = self._find(other)
 
 
-def called_computations(module: Module, each: Instruction) -> Iterator[Computation]:
+def called_computations(module: Module, each: Instruction) -> list[Computation]:
     """What runs inside an instruction, in the order of the schedule."""
-    if each.opcode == "while":
-        yield module.computations[each.attribute("condition")]
-        yield module.computations[each.attribute("body")]
-        return
-    found = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
-    names = re.findall(r"[\w.\-]+", found[1]) if found else []
-    roles = ("true_computation", "false_computation", "to_apply", "calls")
-    for name in names or [each.attribute(role) for role in roles]:
-        if name:
-            yield module.computations[name]
-
-
-def in_place(module: Module, each: Instruction) -> Iterator[tuple[int, int]]:
-    """(result, operand) pairs that lie in one buffer by definition."""
-    if each.opcode in IN_PLACE:
-        yield 0, 0
-    found = re.search(r"output_to_operand_aliasing=\{(.*?\})\}", each.attributes)
-    for result, operand in re.findall(r"\{([\d, ]*)\}: \((\d+),", found[1]) if found else ():
-        yield int(result or 0), int(operand)
-    if each.opcode == "fusion":
-        called = module.computations[each.attribute("calls")]
-        for i, root in enumerate(_outputs(called)):
-            source = _through(called, root)
-            if source.opcode in IN_PLACE:
-                target = _through(called, called.by_name[source.operands[0]])
-                if target.opcode == "parameter":
-                    yield i, int(target.arguments)
-
-
-def _outputs(computation: Computation) -> list[Instruction]:
-    root = next(each for each in reversed(computation.instructions) if each.root)
-    return [computation.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
-
-
-def _through(computation: Computation, each: Instruction) -> Instruction:
-    """The instruction that made a value, seen through bitcasts."""
-    while each.opcode == "bitcast":
-        each = computation.by_name[each.operands[0]]
-    return each
-
-
-def may_overwrite(module: Module, each: Instruction) -> Iterator[tuple[int, int]]:
-    """(result, operand) pairs of which the result may lie where an operand was read last."""
-    if each.opcode in ELEMENTWISE:
-        yield from ((0, i) for i in range(len(each.operands)))
-    if each.opcode != "fusion":
-        return
-    called = module.computations[each.attribute("calls")]
-    outputs = _outputs(called)
-    users: dict[str, list[Instruction]] = {}
-    for one in called.instructions:
-        for name in one.operands:
-            users.setdefault(name, []).append(one)
-    for parameter in called.instructions:
-        if parameter.opcode == "parameter" and len(parameter.shapes) == 1:
-            if _elementwise(parameter, users):
-                mine = parameter.shapes[0]
-                for i, output in enumerate(outputs):
-                    other = output.shapes[0]
-                    if other.dims == mine.dims and other.padded_bytes == mine.padded_bytes:
-                        yield i, int(parameter.arguments)
-
-
-def _elementwise(parameter: Instruction, users: dict[str, list[Instruction]]) -> bool:
-    """Whether all that is computed of a parameter takes the same element of it."""
-    stack, seen = [parameter], set()
-    while stack:
-        one = stack.pop()
-        for user in users.get(one.name, ()):
-            if user.opcode not in ("tuple", "bitcast") and not (
-                user.opcode in ELEMENTWISE and user.shapes[0].size == parameter.shapes[0].size
-                and (user.opcode != "copy" or user.shapes[0].order == one.shapes[0].order)
-            ):  # fmt: skip
-                return False
-            if user.name not in seen:
-                seen.add(user.name)
-                stack.append(user)
-    return True
-
-
-def origin(
-    module: Module, computation: Computation, each: Instruction, leaf: int
-) -> tuple[Instruction, int | None]:
-    """What computed a result, through copies and updates of slices; or the operand it came from."""
-    if each.opcode in ("fusion", "fusion-start"):
-        called = module.computations[each.attribute("calls")]
-        outputs = _outputs(called)
-        found = _computed(called, outputs[min(leaf, len(outputs) - 1)])
-        if found.opcode == "parameter":
-            return each, int(found.arguments)
-        return (found if found.op_name else each), None
-    if each.opcode in ("copy-start", *COPIES):
-        return each, 0
-    return each, 1 if each.opcode == "dynamic-update-slice" else None
-
-
-def _computed(computation: Computation, each: Instruction) -> Instruction:
-    while each.opcode == "dynamic-update-slice" or each.opcode in COPIES:
-        each = computation.by_name[each.operands[each.opcode == "dynamic-update-slice"]]
-    return each
+    roles = ("condition", "body") if each.opcode == "while" else ("to_apply", "calls")
+    found = module.branches(each) or [module.called(each, role) for role in roles]
+    return [computation for computation in found if computation]

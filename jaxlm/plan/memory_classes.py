@@ -1,7 +1,7 @@
-"""The memory of a compiled program by class: what its peak is made of, and its largest buffers.
+"""The memory of a compiled train step by class: what its peak is made of, its largest buffers.
 
-`replay.py` says which buffers are live at the peak; here each gets its class from the names of the
-program's arguments, from the scopes of the instructions that write it, and from its part in the
+`jaxlm.xla` says which buffers are live at the peak; here each gets its class from the names of the
+step's arguments, from the scopes of the instructions that write it, and from its part in the
 program: what the forward pass writes and the backward pass reads is saved.
 """
 
@@ -16,10 +16,7 @@ from jaxlm import config as cfg
 from jaxlm.plan.cost import MEMORY, PARTS
 from jaxlm.sharding import Layout, partitions
 from jaxlm.state import Structure
-from jaxlm.xla import replay
-from jaxlm.xla.hlo import Module, Shape
-from jaxlm.xla.packing import packed_bytes
-from jaxlm.xla.replay import Value
+from jaxlm.xla import Liveness, Module, Shape, Value, compiler_peak, lost_bytes, simulate
 
 ARGUMENTS = {
     "state.params": "parameters", "state.fixed": "parameters", "state.opt": "optimizer",
@@ -33,7 +30,7 @@ class Buffer(NamedTuple):
     """A buffer that is live at the peak."""
 
     bytes: int
-    kind: str  # its class, as in Split.classes
+    kind: str  # its class, as in Peak.classes
     name: str  # a parameter, or the part of the model that makes it
     shape: str  # bf16[2,1024,512] on one device
     source: str  # the line that made it, "jaxlm/models/llama.py:94"
@@ -41,18 +38,12 @@ class Buffer(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class Peak:
     """Bytes of one device at the peak, by class; they sum to the compiler's peak."""
 
     classes: dict[str, float]
     buffers: tuple[Buffer, ...]  # the largest first
     code: float  # of the program itself: beside the peak, the compilers do not count it
-    reserved: float  # arguments, results, temporaries as they are packed, and code
-
-    @property
-    def peak(self) -> float:
-        """The compiler's peak."""
-        return sum(self.classes.values())
 
 
 class Shapes(NamedTuple):
@@ -63,25 +54,11 @@ class Shapes(NamedTuple):
     stream: tuple[int, ...]  # the residual stream of a microbatch
 
 
-def compiler_peak(memory: Any) -> tuple[float, bool]:
-    """Peak bytes by `compiled.memory_analysis()`, and whether they are those of one packed block.
-
-    The peak of TPU and GPU is of what is live. libtpu's is that of the memory that is filled most:
-    of a small program VMEM, which says nothing; its block is taken there. CPU's leaves temporaries
-    out, and allocates them as one block: that is its peak.
-    """
-    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak, temporary = memory.peak_memory_in_bytes, memory.temp_size_in_bytes
-    if peak - whole > temporary / 100:
-        return float(min(peak, whole + temporary)), False
-    return float(whole + temporary), True
-
-
-def split_memory(
+def classify(
     module: Module, memory: Any, layout: Layout, structure: Structure, config: cfg.Config
-) -> Split:
+) -> Peak:
     """Classify every buffer that is live at the peak; what is not found is `unexplained`."""
-    liveness = replay.simulate(module)
+    liveness = simulate(module)
     shapes = local_shapes(layout, structure, config)
     buffers = [
         describe(module, liveness, members, shapes)
@@ -92,32 +69,15 @@ def split_memory(
         classes[one.kind] = classes.get(one.kind, 0.0) + one.bytes
     peak, packed = compiler_peak(memory)
     if packed:
-        classes[PACKING] = lost_to_packing(liveness)
+        classes[PACKING] = lost_bytes(liveness)
     classes[UNEXPLAINED] = peak - sum(classes.values())
     order = [*MEMORY, PACKING, UNEXPLAINED]
     rank = lambda kind: (order.index(kind.split("/")[0]), kind)
-    code = float(memory.generated_code_size_in_bytes)
-    reserved = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes + code
-    )  # fmt: skip
-    return Split(
+    return Peak(
         {kind: classes[kind] for kind in sorted(classes, key=rank)},
-        tuple(sorted(buffers, key=lambda one: -one.bytes)), code, reserved,
-    )  # fmt: skip
-
-
-def lost_to_packing(liveness: replay.Liveness) -> float:
-    """Bytes of the block of temporaries that nothing live takes at the peak."""
-    arguments = {value.buffer for value in liveness.values if value.argument}
-    temporaries = [value for value in liveness.values if value.buffer not in arguments]
-    held = sum(value.bytes for value in liveness.values if value.argument)
-    return packed_bytes(temporaries) - (float(liveness.bytes.max()) - held)
-
-
-def largest(split: Split, count: int) -> list[Buffer]:
-    """The largest buffers at the peak."""
-    return list(split.buffers[:count])
+        tuple(sorted(buffers, key=lambda one: -one.bytes)),
+        float(memory.generated_code_size_in_bytes),
+    )
 
 
 def local_shapes(layout: Layout, structure: Structure, config: cfg.Config) -> Shapes:
@@ -153,9 +113,7 @@ def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(n for n in dims if n > 1))
 
 
-def describe(
-    module: Module, liveness: replay.Liveness, members: list[Value], shapes: Shapes
-) -> Buffer:
+def describe(module: Module, liveness: Liveness, members: list[Value], shapes: Shapes) -> Buffer:
     """One buffer, from all the values that lie in it during the program."""
     argument = next((value for value in members if value.argument), None)
     if argument is not None:
@@ -166,7 +124,7 @@ def describe(
             op_name,
         )  # fmt: skip
     first = max(members, key=lambda value: value.bytes)
-    writers = _writers(liveness, members)
+    writers = liveness.writers(members)
     maker = next((value for value in writers if _part(value.scope)), (writers or [first])[0])
     readers = liveness.readers.get(first.buffer, set())
     weight = shapes.weights.get(_key(first.shape.dims), "")
@@ -174,22 +132,11 @@ def describe(
     head = any(_in_head(value.instruction.op_name) for value in members)
     if head and not weight and shapes.vocab in first.shape.dims:
         kind = "logits"
-    if kind.startswith("saved/") and _carried(liveness, members) and _is_stream(first, shapes):
+    if kind.startswith("saved/") and liveness.carried(members) and _is_stream(first, shapes):
         kind = "saved/block input"
     name = weight or _part(maker.scope) or "other"
     source = _source(module, maker)
     return Buffer(first.bytes, kind, name, _text(first.shape), source, maker.scope)
-
-
-def _writers(liveness: replay.Liveness, members: list[Value]) -> list[Value]:
-    """The values of a buffer that are computed; of a copy, those of what it is a copy of."""
-    for _ in range(8):
-        writers = [value for value in members if value.scope]
-        sources = {liveness.values[v.source].buffer for v in members if v.source >= 0}
-        if writers or not sources:
-            return writers
-        members = [value for value in liveness.values if value.buffer in sources]
-    return []
 
 
 def _argument(op_name: str) -> tuple[str, str]:
@@ -222,16 +169,6 @@ def _in_forward(scope: str) -> bool:
 
 def _in_head(scope: str) -> bool:
     return re.search(r"[(/]head[)/]", scope) is not None
-
-
-def _carried(liveness: replay.Liveness, members: list[Value]) -> bool:
-    """Whether a buffer collects what a loop carries from one layer to the next."""
-    for value in members:
-        while value.source >= 0:
-            value = liveness.values[value.source]
-            if value.instruction.opcode == "parameter" and not value.argument:
-                return True
-    return False
 
 
 def _is_stream(value: Value, shapes: Shapes) -> bool:

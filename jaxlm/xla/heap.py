@@ -1,4 +1,4 @@
-"""How XLA packs temporaries into one block: what is lost between them.
+"""How XLA packs temporaries into one block, and what is lost between them.
 
 The largest first, each into the smallest gap that is free while it is live (xla/service/
 heap_simulator/heap_simulator.h: GlobalDecreasingSizeBestFitHeap), in order of size and in order of
@@ -7,11 +7,34 @@ time; the smaller block is kept. Time is counted in allocations and frees, as th
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from jaxlm.xla.replay import Value
+from jaxlm.xla.live_ranges import Liveness, Value
 
 ALIGNMENT = 64  # bytes, of XLA's CPU backend
+
+
+def compiler_peak(memory: Any) -> tuple[float, bool]:
+    """Peak bytes by `compiled.memory_analysis()`, and whether they are those of one packed block.
+
+    The peak of TPU and GPU is of what is live. libtpu's is that of the memory that is filled most:
+    of a small program VMEM, which says nothing; its block is taken there. CPU's leaves temporaries
+    out, and allocates them as one block: that is its peak.
+    """
+    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak, temporary = memory.peak_memory_in_bytes, memory.temp_size_in_bytes
+    if peak - whole > temporary / 100:
+        return float(min(peak, whole + temporary)), False
+    return float(whole + temporary), True
+
+
+def lost_bytes(liveness: Liveness) -> float:
+    """Bytes of the block of temporaries that nothing live takes at the peak."""
+    temporaries = [value for value in liveness.values if liveness.is_temporary(value)]
+    held = sum(value.bytes for value in liveness.values if value.argument)
+    return packed_bytes(temporaries) - (float(liveness.bytes.max()) - held)
 
 
 def packed_bytes(values: list[Value]) -> int:
