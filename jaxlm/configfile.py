@@ -74,7 +74,7 @@ class Entry(NamedTuple):
 def schema(*families: str) -> dict[str, Key]:
     """Every dotted key in order, with the model keys of these families."""
     found = {}
-    for family in families or ("",):
+    for family in families if len(families) == 1 else ("", *families):
         for key in _walk(Config, "", family):
             first = found.setdefault(key.name, key)
             if key.families and key is not first:

@@ -51,7 +51,7 @@ def explain(name: str, config: Config | None = None) -> str:
         keys[own.name] = own._replace(families=keys[own.name].families)
     table = next((t for t in tables() if name.startswith(f"{t}.")), None)
     if name in keys:
-        return _explain_key(keys[name], config)
+        return "\n".join(_explain_key(key, config) for key in _variants(keys[name], config))
     if table is not None:
         return _explain_item(keys[table], name.removeprefix(f"{table}."), config)
     inside = [key for key in keys.values() if not name or key.name.startswith(f"{name}.")]
@@ -59,6 +59,17 @@ def explain(name: str, config: Config | None = None) -> str:
         raise UserError(f"unknown key {name}{did_you_mean(name, [*keys, *sections()])}")
     head = f"{name}: {_section_doc(name)}\n\n" if name else ""
     return head + "\n".join(_explain_key(key, config) for key in inside)
+
+
+def _variants(key: Key, config: Config | None) -> list[Key]:
+    """The key of the config's family; without a config, one for all families that have it alike."""
+    if config is not None or not key.families:
+        return [key]
+    alike: dict[Any, list[str]] = {}
+    for family in key.families:
+        own = schema(family)[key.name]
+        alike.setdefault((own.field.metadata["doc"], own.default), []).append(family)
+    return [schema(f[0])[key.name]._replace(families=tuple(f)) for f in alike.values()]
 
 
 def _section_doc(name: str) -> str:

@@ -73,6 +73,13 @@ class Layout:
                     used.add(axis)
         return P(*map(_entry, entries))
 
+    def local_shape(self, where: str | PartitionSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an array on one device: of its dimension names in use, or of a sharding."""
+        entries = partitions(self.spec(where) if isinstance(where, str) else where)
+        sizes = dict(self.axes)
+        counts = [math.prod(sizes[axis] for axis in _axes(entry)) for entry in entries]
+        return tuple(-(-size // count) for size, count in zip(shape, counts, strict=True))
+
     def stored_axes(self, dims: str) -> frozenset[str]:
         """The axes that split a weight at rest; over all others it is copied."""
         return frozenset(axis for entry in self.stored(dims) for axis in _axes(entry))

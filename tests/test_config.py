@@ -421,6 +421,10 @@ def test_explain(base):
     text = explain("mesh.tensor", config)
     assert "an integer, default 1" in text and "now: 2" in text and "recompiles" in text
     assert "family gpt2 only" in explain("model.max_positions", config)
+    text = explain("model.rope_theta")  # families have other defaults
+    assert "default 10000.0, family llama only" in text and "or qwen3_moe only" in text
+    assert "default 10000.0, family" in explain("model.rope_theta", config)
+    assert "default false" in explain("model.tie_embeddings")  # not that of one family
     assert "one of adamw" in explain("optimizer.name") and "required" in explain("steps")
     assert "model.biases" in explain("model") and "model.rope_theta" in explain("model")
     assert "default [tensor]" in explain("rules.mlp") and "dimensions" in explain("rules")

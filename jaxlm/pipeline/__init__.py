@@ -11,7 +11,10 @@ remat.policy decides what that recomputation keeps: with full a layer runs forwa
 its tick, to save block inputs, and to differentiate), with none twice. Weights rest in the order of
 layers: with V > 1 those of each step move to their stages and their gradients back, once a step.
 
-The embedding and the head belong to no stage: their vocabulary is split over all of them.
+The embedding and the head belong to no stage: their vocabulary is split over all of them. All
+stages run one program, so chunks are cut from one group of layers, a pattern of blocks repeated.
+Layers of other groups are on no stage either: before the first stage or after the last one, all
+stages run them, each for its part of a microbatch's rows, and gather their weights as with fsdp.
 
 Shapes: Z stages, V repeats, M microbatches, K slots, k layers of a chunk, L layers, B rows of a
 microbatch, S sequence, D embed.
