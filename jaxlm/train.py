@@ -26,7 +26,7 @@ from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
 from jaxlm.interop import carried
 from jaxlm.plan import estimate
-from jaxlm.program import make_program
+from jaxlm.program import Program, make_program
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import State, Structure
 
@@ -37,12 +37,13 @@ def train(config: cfg.Config) -> None:
     """Train to config.steps, from the newest checkpoint of the run directory if it has one."""
     if jax.process_count() == 1:  # where one loads and others compile, gloo gives up waiting
         programs.keep()
-    mesh, layout, structure, optimizer, train_step, options = make_program(config)
+    program = make_program(config)
+    mesh, layout, structure, optimizer, train_step, options = program
     run.prepare_data(config)
     training = data.open_split(config.data.path, "train")
     data.check_vocab(training, config.model.vocab_size)
     run_dir = cfg.run_dir(config)
-    prediction = predict(config, mesh, structure)
+    prediction = predict(config, program)
     facts = functools.partial(load.data_state, split=training, batch=config.batch, seed=config.seed)
     for key, before, now in checkpoint.refuse_other_run(run_dir, config, facts(0)):
         logger.info("changed since the last start: %s=%s, was %s", key, now, before)
@@ -105,12 +106,12 @@ def train(config: cfg.Config) -> None:
                 log.say(metrics.closing_words(config, run_dir, start, example, can_evaluate))
 
 
-def predict(config: cfg.Config, mesh: Mesh, structure: Structure) -> dict[str, Any]:
-    """What the formulas of the planner expect of a step here; said, and kept with the metrics."""
+def predict(config: cfg.Config, program: Program) -> dict[str, Any]:
+    """What the planner reads from the step's trace; said, and kept with the metrics."""
     with metrics.only_informs("plan: no prediction"):
-        target, (cost, time) = estimate.predict(config, mesh, structure)
+        target, (cost, time) = estimate.predict(config, program)
         logger.info(
-            "plan: a step of %.4g s, %.2f GB a device, limited by %s (formulas; "
+            "plan: a step of %.4g s, %.2f GB a device, limited by %s (by its trace; "
             "jaxlm plan compiles)", time.seconds, cost.peak / 1e9, time.limit,
         )  # fmt: skip
         return {
