@@ -46,6 +46,21 @@ def test_a_layout_costs_what_its_compiled_program_does(target, layout):
     assert not found.cost.notes and all(size >= 0 for size in found.cost.memory.values())
 
 
+WIDER = [
+    ("cpu:8", "wider fsdp"), ("cpu:8", "wider fsdp, remat dots"), ("h100:1x8", "wider fsdp"),
+    ("h100:1x8", "wider fsdp, remat none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target, name", WIDER)
+def test_memory_of_a_larger_model_in_bfloat16(target, name):
+    row = RECORDED[target][name]
+    config = configfile.load(LAYOUTS / f"{row['layout']}.yaml", row["overrides"])
+    found = estimate.of_config(config, parse_target(target)).cost
+    assert found.peak == pytest.approx(row["peak"], rel=0.1)
+    assert found.total_flops == pytest.approx(row["flops"], rel=1e-6)
+
+
 # A step that nothing here was written for.
 
 
