@@ -47,8 +47,10 @@ def test_a_layout_costs_what_its_compiled_program_does(target, layout):
 
 
 WIDER = [
-    ("cpu:8", "wider fsdp"), ("cpu:8", "wider fsdp, remat dots"), ("h100:1x8", "wider fsdp"),
-    ("h100:1x8", "wider fsdp, remat none"),
+    ("cpu:8", "wider fsdp"), ("cpu:8", "wider fsdp, remat dots"),
+    ("cpu:8", "wider pipeline, remat none"),
+    ("h100:1x8", "wider fsdp"), ("h100:1x8", "wider fsdp, remat none"),
+    ("h100:1x8", "wider fsdp, 4 microbatches"),
 ]  # fmt: skip
 
 

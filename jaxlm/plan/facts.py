@@ -19,9 +19,6 @@ class Facts:
         False  # also what is larger than its operands leaves a loop in which it is the same
     )
 
-    product: int = 1  # bytes of a number in a product, at least
-    shares: bool = False  # what several operations read is written, and not made in each
-
     early: bool = False  # constants are made at the start, and not where they are read first
 
     masks: bool = False  # a product of groups is a dense one of copies of its rows, masked for each
@@ -49,7 +46,7 @@ FACTS = {
     "tpu": Facts(),
     "gpu": Facts(masks=True),
     "cpu": Facts(
-        scatters=False, wire=4, merges=False, hoists=True, product=4, shares=True, early=True,
+        scatters=False, wire=4, merges=False, hoists=True, early=True,
         masks=True,
     ),
 }  # fmt: skip

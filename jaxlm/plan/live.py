@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from jaxlm.plan.facts import Facts
 from jaxlm.plan.walk import Body, Op
-from jaxlm.plan.work import PRODUCTS, Sizes, collectives, flops
+from jaxlm.plan.work import Sizes, collectives, flops
 
 LOOPS = {"scan", "while", "cond"}
 # Their operands are in memory, and so are their results.
@@ -47,11 +47,6 @@ class Memory:
         self.products = {
             id(op): flops(body, op, sizes) > 0 for op in body.ops if op.name == "dot_general"
         }
-        self.factors = {  # of products
-            self._shown(v) if v in op.inputs else v
-            for op in body.ops if op.name in PRODUCTS and self.whole(op)
-            for v in (*op.inputs[:2], *op.outputs) if v is not None
-        }  # fmt: skip
         self.kept = self._kept()
         self.memo: dict[int, frozenset[int]] = {}
         self.inner: dict[int, list[Memory]] = {}  # of loops
@@ -66,10 +61,7 @@ class Memory:
             if op.name in LOOPS or not (self.whole(op) or any(v in self.kept for v in op.outputs)):
                 continue
             reads = {root for v in op.inputs if v is not None for root in self.roots(v)}
-            if op.name in (
-                "gather",
-                "dynamic_slice",
-            ):  # of what it reads only the rows that it takes
+            if op.name in ("gather", "dynamic_slice"):  # only the rows that it takes are read
                 reads = set()
             written = sum(self.size(v) for v in op.outputs)
             if op.name in ("dynamic_update_slice", "scatter-add", "scatter") and op.inputs[-1]:
@@ -80,9 +72,7 @@ class Memory:
 
     def size(self, number: int) -> float:
         """Bytes of a value."""
-        array = self.body.arrays[number]
-        factor = max(1, self.facts.product // array.width) if number in self.factors else 1
-        return self.facts.bytes(array, self.sizes) * factor
+        return self.facts.bytes(self.body.arrays[number], self.sizes)
 
     def whole(self, op: Op) -> bool:
         """Whether its operands and results are arrays in memory."""
@@ -103,23 +93,11 @@ class Memory:
                 kept.update(self._shown(v) for v in op.inputs if v is not None)
             if self.whole(op) or self.sums(op):
                 kept.update(op.outputs)
-        if self.facts.shares:
-            readers = collections.Counter(
-                self._shown(v) for op in self.body.ops if not self._view(op)
-                for v in {v for v in op.inputs if v is not None}
-            )  # fmt: skip
-            kept |= {
-                v for v, count in readers.items()
-                if count > 1 and v in self.made and self.made[v].name not in FREE
-            }  # fmt: skip
         return kept
 
     def _sources(self, op: Op) -> bool:
         """Whether a value depends on anything; else it is a constant."""
         return self.whole(op) or any(self.roots(v) for v in op.inputs if v is not None)
-
-    def _view(self, op: Op) -> bool:
-        return op.name in VIEWS and not self.whole(op)
 
     def _shown(self, number: int) -> int:
         """What a chain of views shows: it needs no memory of its own."""
@@ -238,7 +216,6 @@ class Memory:
         return found
 
 
-FREE = {"broadcast_in_dim", "iota", "convert_element_type"}
 IN_PLACE = LOOPS | {"scatter", "scatter-add", "dynamic_update_slice"}
 VIEWS = {
     "reshape", "transpose", "squeeze", "expand_dims", "retype", "reshard", "name", "copy",
