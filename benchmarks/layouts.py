@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxlm.devices import KINDS
+from jaxlm.hardware.chips import KINDS
 
 ROWS = {  # name -> config, target, device kind, overrides
     "8B fsdp": ("llama3-8b", "v6e:4x4", "tpu v6", [

@@ -4,7 +4,7 @@
 
 Of every legal candidate of the search a seeded sample is compiled, and the best few by formulas;
 both sides take the efficiencies of roofline.py's table, never calibrated ones. What was compiled is
-appended to FILE, so that a second call goes on: remove it when the train step or account.py
+appended to FILE, so that a second call goes on: remove it when the train step or jaxlm.xla
 change. Needs the extras plan-tpu and plan-gpu.
 """
 

@@ -25,13 +25,14 @@ from orbax.checkpoint import checkpoint_managers
 from jaxlm import __version__, configfile
 from jaxlm import config as cfg
 from jaxlm.state import Arrays, State
+from jaxlm.yaml_values import yaml_text
 
 FORMAT = 1  # of a checkpoint; a reader refuses a newer one
 ARRAYS, JSON = ("params", "fixed", "opt"), ("data", "config")
 PathLike = str | os.PathLike[str]
 
-# Orbax logs its progress, and the errors that it raises as well; of a read that failed, the rest
-# comes in after its event loop is closed.
+# Orbax logs its progress, and every error that it also raises. After a read that failed, asyncio
+# complains that the event loop is closed.
 logging.getLogger("absl").addFilter(lambda record: "orbax/checkpoint" not in record.pathname)
 for _name in ("asyncio", "concurrent.futures"):
     logging.getLogger(_name).addFilter(
@@ -81,8 +82,8 @@ def save(
 ) -> None:  # fmt: skip
     """Copy the state off the devices and write it in the background; it may be donated at once.
 
-    Raises UserError if the save before this one failed, and then has not begun: calling it again
-    saves; also if this one cannot begin, or if the step is there already.
+    Raises UserError, and has saved nothing, if the save before this one failed (call it again), if
+    this one cannot begin, or if the step is there already.
     """
     finish(manager)
     path = f"{manager.directory}/{step}"
@@ -94,7 +95,7 @@ def save(
     for name, item in (("data", data), ("config", about)):
         items[name] = ocp.args.JsonSave(json.loads(json.dumps(item)))  # copied: written later
     try:
-        # `force`: when to save is our loop's decision alone.
+        # `force`: our loop decides when to save, not Orbax.
         manager.save(step, args=ocp.args.Composite(**items), force=True)
     except (OSError, ValueError) as error:  # the latter is TensorStore's
         raise _not_saved(path, error) from error
@@ -213,7 +214,7 @@ def refuse_other_run(
     if there != here:
         changes.append(("tokenizer", str(there)[:12], here[:12]))
     if changes:
-        text = configfile.yaml_text
+        text = yaml_text
         different = _first([f"{key}={text(a)} there, {text(b)} here" for key, a, b in changes])
         raise cfg.UserError(
             f"run.dir={run_dir} holds a run of another model: {different}; choose another run.dir"

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         parser = make_parser()
-    except KeyboardInterrupt:  # modules load for a while
+    except KeyboardInterrupt:  # loading modules takes a while
         print("\njaxlm: interrupted before anything was done", file=sys.stderr)
         return 130
     args, rest = parser.parse_known_args(argv)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\njaxlm: interrupted; {args.interrupted}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has left
+    except BrokenPipeError:  # the program that read our output has ended
         _drop(sys.stdout)
         return 1
 
@@ -71,7 +71,7 @@ def _unlogged(handler: logging.StreamHandler, record: logging.LogRecord) -> None
 
 
 def _drop(stream) -> None:
-    """Send what is written from now on nowhere."""
+    """Drop what is written from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -228,10 +228,10 @@ def _train(args) -> None:
     config = _start(args, args.config)
     from jaxlm import train
 
-    train.train(_settled(config))
+    train.train(_with_mesh(config))
 
 
-def _settled(config):
+def _with_mesh(config):
     """The config with `mesh: auto` chosen for the devices that are there."""
     if not config.mesh.auto:
         return config
@@ -287,17 +287,17 @@ def _generate(args) -> None:
 
 
 def _import(args) -> None:
-    from jaxlm import interop
+    from jaxlm.interop import hugging_face
 
-    interop.import_run(args.source, args.out, args.overrides)
+    hugging_face.import_run(args.source, args.out, args.overrides)
     print(f"{args.out} has the weights of {args.source} as step 0")
 
 
 def _export(args) -> None:
     config = _start(args, args.target)
-    from jaxlm import interop
+    from jaxlm.interop import hugging_face
 
-    interop.export_run(config, args.out, args.step, args.dtype, args.shard_gb)
+    hugging_face.export_run(config, args.out, args.step, args.dtype, args.shard_gb)
     print(f"{args.out} has the weights of {args.target} in {args.dtype}")
 
 
@@ -320,7 +320,7 @@ def _check(args) -> None:
 
     found = parse_target(args.target).devices() if args.target else None
     config = _start(args, args.config)
-    mesh, layout = open_mesh(config if found else _settled(config), found)
+    mesh, layout = open_mesh(config if found else _with_mesh(config), found)
     print(f"{args.config}: fits on {mesh.size} x {mesh.devices.flat[0].device_kind}")
     if layout.size("layers") > 1:
         print(pipeline.describe(config, layout.size("layers")))

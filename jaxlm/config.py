@@ -37,7 +37,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "cache_kv_heads": ("tensor",),
 }
 STORAGE: dict[str, tuple[str, ...]] = {"embed": ("fsdp", "context", "expert")}
-FAMILIES = ("llama", "gpt2", "mixtral", "qwen3_moe")  # each is the module jaxlm/models/<family>.py
+MODELS = Path(__file__).parent / "models"
+SHARED = ("__init__", "config_json", "decoder", "experts", "layers", "moe")  # of those, no families
+FAMILIES = tuple(sorted(file.stem for file in MODELS.glob("*.py") if file.stem not in SHARED))
 REQUIRED = object()
 T = TypeVar("T")
 
@@ -70,13 +72,16 @@ def key(
     minimum: float | None = None,
     maximum: float | None = None,
     path: bool = False,
+    dim: str = "",
 ) -> Any:
     """Declare one config key: its default, meaning with unit, and what changing it alters.
 
     `numbers_where`: numbers change in some configs only, and in which (`configfile.changes`).
-    A `path` may start with ~ or ~user, a home directory.
+    A `path` may start with ~ or ~user, a home directory. `dim`: the dimensions of weights (DIMS)
+    that are this large, which the mesh axes that split them must divide.
     """
     metadata = dict(doc=doc, changes=tuple(changes.split()), choices=choices, path=path)
+    metadata |= dict(dim=dim)
     metadata |= dict(numbers_where=numbers_where)
     metadata |= dict(minimum=minimum, maximum=maximum, required=default is REQUIRED)
     if default is REQUIRED:
@@ -146,8 +151,9 @@ class Model:
         REQUIRED, "decoder blocks", minimum=1, changes="recompiles checkpoint numbers"
     )
     embed_dim: int = key(
-        REQUIRED, "width of the residual stream", minimum=1, changes="recompiles checkpoint numbers"
-    )
+        REQUIRED, "width of the residual stream", minimum=1,
+        changes="recompiles checkpoint numbers", dim="embed norm",
+    )  # fmt: skip
     num_heads: int = key(
         REQUIRED, "query heads", minimum=1, changes="recompiles checkpoint numbers"
     )
@@ -158,11 +164,13 @@ class Model:
         changes="recompiles checkpoint numbers",
     )
     head_dim: int = key(
-        REQUIRED, "width of one head", minimum=1, changes="recompiles checkpoint numbers"
-    )
+        REQUIRED, "width of one head", minimum=1, changes="recompiles checkpoint numbers",
+        dim="head_dim",
+    )  # fmt: skip
     mlp_dim: int = key(
-        REQUIRED, "hidden width of the MLP", minimum=1, changes="recompiles checkpoint numbers"
-    )
+        REQUIRED, "hidden width of the MLP", minimum=1, changes="recompiles checkpoint numbers",
+        dim="mlp",
+    )  # fmt: skip
     vocab_size: int = key(
         REQUIRED, "tokens in the vocabulary", minimum=2, changes="recompiles checkpoint numbers"
     )
@@ -202,6 +210,28 @@ class Model:
         Then losses depend on batch.microbatches beyond rounding.
         """
         return False
+
+    @property
+    def learned_positions(self) -> int:
+        """Length of the table of learned positions, tokens; 0: there is none."""
+        return 0
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by, in the compute type, where they enter the model."""
+        return 1.0
+
+    @property
+    def expert_share(self) -> float:
+        """The part of a layer's experts that a token is sent to."""
+        return 1.0
+
+    def shrunk(self, small: dict[str, Any], length: int) -> dict[str, Any]:
+        """Keys that a small copy of the model needs beside `small`, for texts of this length.
+
+        Those whose effect depends on a size, so that it still happens (shrink.py).
+        """
+        return {}
 
 
 @section

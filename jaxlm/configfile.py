@@ -7,25 +7,31 @@ merged by updating that table, so sections merge deeply and every value knows it
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import importlib
-import math
 import os
 import shlex
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from jaxlm.config import FAMILIES, Config, Model, UserError, expand_home
+from jaxlm.models import family_module
+from jaxlm.nearest import did_you_mean
+from jaxlm.yaml_values import (
+    BOOL,
+    NULL,
+    TEXT,
+    TEXT_KINDS,
+    noun,
+    read_value,
+    short,
+    shown,
+    yaml_text,
+)
 
-NULL = "tag:yaml.org,2002:null"
-TEXT = "tag:yaml.org,2002:str"
-BOOL = "tag:yaml.org,2002:bool"
-TAGS = {f"tag:yaml.org,2002:{name}" for name in "str null bool int float timestamp seq map".split()}
 OVERRIDE = "override"
 DEFAULT = "default"
 
@@ -38,7 +44,7 @@ class Key(NamedTuple):
         Any  # bool, int, float, str, tuple[str, ...], dict[str, int] or dict[str, tuple[str, ...]]
     )
     field: dataclasses.Field
-    family: str  # the one family that has it; empty: all
+    families: tuple[str, ...]  # those that have it; empty: all
 
     @property
     def is_table(self) -> bool:
@@ -68,8 +74,11 @@ class Entry(NamedTuple):
 def schema(*families: str) -> dict[str, Key]:
     """Every dotted key in order, with the model keys of these families."""
     found = {}
-    for family in families or ("",):
-        found |= {key.name: key for key in _walk(Config, "", family) if key.name not in found}
+    for family in families if len(families) == 1 else ("", *families):
+        for key in _walk(Config, "", family):
+            first = found.setdefault(key.name, key)
+            if key.families and key is not first:
+                found[key.name] = first._replace(families=first.families + key.families)
     order = [field.name for field in dataclasses.fields(Config)]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].split(".")[0])))
 
@@ -81,7 +90,7 @@ def _walk(cls: Any, prefix: str, family: str) -> Iterator[Key]:
             yield from _walk(kind, f"{prefix}{field.name}.", family)
         else:
             own = issubclass(cls, Model) and field.name not in common
-            yield Key(prefix + field.name, kind, field, family if own else "")
+            yield Key(prefix + field.name, kind, field, (family,) if own else ())
 
 
 def _fields(cls: Any, family: str) -> Iterator[tuple[dataclasses.Field, Any]]:
@@ -94,10 +103,7 @@ def _fields(cls: Any, family: str) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 def model_class(family: str) -> type[Model]:
     """The Config of jaxlm/models/<family>.py; the keys that all families have for an empty name."""
-    if not family:
-        return Model
-    assert family in FAMILIES
-    return importlib.import_module(f"jaxlm.models.{family}").Config
+    return family_module(family).Config if family else Model
 
 
 def sections() -> list[str]:
@@ -108,21 +114,6 @@ def sections() -> list[str]:
 def tables() -> list[str]:
     """Dotted names of open mappings: mesh.dcn, rules, storage."""
     return [key.name for key in schema().values() if key.is_table]
-
-
-def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """A hint to append to an error: "; did you mean mesh.tensor?", or nothing."""
-    names = list(names)
-    found = [name for name in names if _tail(name) == _tail(word)]
-    found = found or difflib.get_close_matches(word, names, n=1, cutoff=0.65)
-    if not found:
-        close = difflib.get_close_matches(_tail(word), map(_tail, names), n=2, cutoff=0.75)
-        found = [name for name in names if _tail(name) in close]
-    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
-
-
-def _tail(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 # Reading.
@@ -172,7 +163,7 @@ def _read_file(path: Path, parents: tuple[Path, ...], wanted_by: str = "") -> di
     if root is None:
         raise UserError(f"{path}: the file is empty; a config is a mapping of keys")
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}:{_line(root)}: a config is a mapping of keys, not {_noun(root)}")
+        raise UserError(f"{path}:{_line(root)}: a config is a mapping of keys, not {noun(root)}")
     own = _flatten(root, "", lambda node: f"{path}:{_line(node)}")
     include = own.pop("include", None)
     asked_by, entries = include.source if include else "", {}
@@ -199,7 +190,7 @@ def _read_override(override: str) -> dict[str, Entry]:
     name, equals, text = override.partition("=")
     name = name.strip()
     if not equals or not name:
-        raise UserError(f"override {_short(override)!r} is not key=value, as in mesh.tensor=2")
+        raise UserError(f"override {short(override)!r} is not key=value, as in mesh.tensor=2")
     if name == "include":
         raise UserError("override: include works in files only")
     whole = yaml.MappingNode("", [(yaml.ScalarNode(TEXT, name), _override_node(name, text))])
@@ -207,9 +198,9 @@ def _read_override(override: str) -> dict[str, Entry]:
 
 
 def _override_node(name: str, text: str) -> yaml.Node:
-    """The value of an override: YAML, but a key of text takes what is written as it stands.
+    """The value of an override. It is read as YAML, but text is taken as it is written.
 
-    Of text, YAML is only what stands in quotes or brackets: '# x' would be a comment, *x an alias.
+    Text is YAML only in quotes or brackets: else '# x' would be a comment, and *x an alias.
     """
     bare = text.strip()
     quoted = len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\""
@@ -221,7 +212,7 @@ def _override_node(name: str, text: str) -> yaml.Node:
         exact = key is not None and not key.field.metadata["choices"]
         return yaml.ScalarNode(TEXT, text if exact else bare)
     try:
-        node = _parse(text, f"override: {name}={_short(text)}")
+        node = _parse(text, f"override: {name}={short(text)}")
     except UserError as error:
         if marked:
             hint = f"{error}; quote words with other signs, as in ['*norm*']"
@@ -267,7 +258,7 @@ def _flatten(
         elif name in sections() or name in tables():
             if not isinstance(node, yaml.MappingNode):
                 hint = "leave it out" if node.tag == NULL else f"write {name}: {{key: value}}"
-                raise UserError(f"{source}: {name}={_shown(node)} must be a mapping; {hint}")
+                raise UserError(f"{source}: {name}={shown(node)} must be a mapping; {hint}")
             found |= _flatten(node, f"{name}.", where)
         else:
             found[name] = Entry(node, source)
@@ -283,7 +274,7 @@ def _family(entries: dict[str, Entry]) -> str:
 def _unknown(name: str, family: str) -> str:
     """Why a dotted key is refused, and what was probably meant."""
     everything = schema(*FAMILIES)
-    owner = everything[name].family if name in everything else ""
+    owner = " or ".join(everything[name].families) if name in everything else ""
     if owner and family:
         return f"{name} is a key of family {owner}; model.family is {family}"
     if owner:
@@ -329,100 +320,19 @@ def _value(key: Key, entry: Entry) -> Any:
     elif limits["maximum"] is not None and value > limits["maximum"]:
         why = f"must be at most {limits['maximum']}"
     if why:
-        raise UserError(f"{entry.source}: {key.name}={_shown(entry.node)} {why}")
+        raise UserError(f"{entry.source}: {key.name}={shown(entry.node)} {why}")
     return expand_home(value, f"{entry.source}: {key.name}") if limits["path"] else value
 
 
 def _coerce(name: str, kind: Any, entry: Entry) -> Any:
     try:
-        return _read(kind, entry.node, entry.source == OVERRIDE)
+        return read_value(kind, entry.node, entry.source == OVERRIDE)
     except ValueError as error:
-        raise UserError(f"{entry.source}: {name}={_shown(entry.node)} {error}") from error
-
-
-def _read(kind: Any, node: yaml.Node, typed: bool) -> Any:
-    """A node as a value of this kind; `typed` on a command line, text needs no quotes."""
-    if node.tag not in TAGS:
-        raise ValueError(f"has the YAML tag {node.tag}; write text that starts with ! in quotes")
-    if node.tag == NULL:
-        raise ValueError("is null; leave the key out to take its default")
-    if kind == tuple[str, ...]:
-        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        return tuple(_read(str, item, typed) for item in items)
-    if not isinstance(node, yaml.ScalarNode):
-        hint = "; write text with such signs in quotes" if kind is str else ""
-        raise ValueError(f"must be {KINDS[kind]}, not {_noun(node)}{hint}")
-    if kind is bool:
-        return _read_bool(node.value)
-    if kind is str:
-        if node.tag != TEXT and not typed:
-            raise ValueError(f"must be text; write '{_short(node.value)}' in quotes")
-        return node.value
-    return _read_int(node.value) if kind is int else _read_float(node.value)
-
-
-def _read_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError("must be true or false")
-    return text.lower() == "true"
-
-
-def _read_float(text: str) -> float:
-    """3e-4, 5 and 1_000.0 are numbers; nan and inf are not."""
-    try:
-        value = float(text.replace(".inf", "inf").replace(".nan", "nan"))  # YAML's spelling
-    except ValueError as error:
-        raise ValueError("must be a number") from error
-    if not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return value
-
-
-def _read_int(text: str) -> int:
-    """3, 8_192, 1e3 and 2.0 are integers."""
-    try:
-        value = int(text)
-    except ValueError:
-        try:
-            value = _read_float(text)
-        except ValueError as error:
-            raise ValueError("must be an integer") from error
-    if abs(value) >= 2**63:
-        raise ValueError("must be an integer below 2**63")
-    if value != int(value):
-        raise ValueError(f"must be an integer; nearest: {math.floor(value)} or {math.ceil(value)}")
-    return int(value)
-
-
-KINDS = {
-    bool: "true or false", int: "an integer", float: "a number", str: "text",
-    tuple[str, ...]: "a list of text", dict[str, int]: "a mapping of axis to factor",
-    dict[str, tuple[str, ...]]: "a mapping of dimension to axes",
-}  # fmt: skip
-
-TEXT_KINDS = (str, tuple[str, ...], dict[str, tuple[str, ...]])  # of the last, its items
+        raise UserError(f"{entry.source}: {name}={shown(entry.node)} {error}") from error
 
 
 def _line(node: yaml.Node) -> int:
     return node.start_mark.line + 1
-
-
-def _noun(node: yaml.Node) -> str:
-    kinds = {yaml.MappingNode: "a mapping", yaml.SequenceNode: "a list"}
-    return kinds.get(type(node), "a single value")
-
-
-def _shown(node: yaml.Node) -> str:
-    """A value as the user wrote it, shortened."""
-    if isinstance(node, yaml.ScalarNode):
-        return _short(node.value)
-    start, end = node.start_mark, node.end_mark
-    assert start.buffer is not None  # texts are parsed from strings
-    return _short(start.buffer[start.pointer : end.pointer].strip())
-
-
-def _short(text: str, width: int = 60) -> str:
-    return text if len(text) <= width else f"{text[:width]}..."
 
 
 # Writing.
@@ -456,14 +366,6 @@ def yaml_lines(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from yaml_lines(value, f"{prefix}{name}.")
         else:
             yield prefix + name, f"{indent}{name}: {yaml_text(value)}"
-
-
-def yaml_text(value: Any) -> str:
-    """A plain value as one line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
-    if text.removesuffix("...\n").count("\n") > 1:  # text with line breaks
-        text = yaml.safe_dump(value, default_flow_style=True, default_style='"', width=math.inf)
-    return text.removesuffix("...\n").strip()
 
 
 def changes(key: Key, config: Config) -> tuple[str, ...]:

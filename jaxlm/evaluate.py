@@ -1,51 +1,22 @@
-"""Held-out loss: every token of a split predicted once, the same on every mesh.
-
-Shapes: B batch, S sequence, M microbatches.
-"""
+"""Held-out loss: every token of a split predicted once, the same on every mesh."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
-from jax.sharding import reshard
 
 from jaxlm import config as cfg
-from jaxlm import devices, pipeline, run
+from jaxlm import run
 from jaxlm.data import Split, check_vocab, load_tokenizer, open_split
 from jaxlm.data.load import evaluation_batches
 from jaxlm.data.pack import predicted_bytes
+from jaxlm.hardware import chips
 from jaxlm.interop import carried
-from jaxlm.loss import batch_losses, split_batch
-from jaxlm.sharding import Layout, batch_shardings, sequence_order
-from jaxlm.state import Arrays, Structure
-
-
-def make_eval_step(config: cfg.Config, structure: Structure, layout: Layout, options: dict):
-    """jit(params, fixed, batch) -> (loss, weight) of each row, float32 [M, B/M], on every device.
-
-    Microbatch by microbatch, as in training: what could train can be evaluated.
-    """
-
-    def eval_step(params: Arrays, fixed: Arrays, batch: Arrays):
-        if layout.size("layers") > 1:
-            rows = pipeline.losses_of_rows(config, structure, params, fixed, batch, layout)
-            return tuple(reshard(row_MB, P(None, None)) for row_MB in rows)
-        model = structure.merge(params, fixed)
-
-        def part(_, batch: Arrays):
-            nll_BS, _, _ = batch_losses(config, model, batch, layout)
-            weights_BS = batch["weights"]
-            return None, (jnp.sum(nll_BS * weights_BS, axis=1), jnp.sum(weights_BS, axis=1))
-
-        _, rows = jax.lax.scan(part, None, split_batch(batch, config.batch.microbatches))
-        return tuple(reshard(row_MB, P(None, None)) for row_MB in rows)
-
-    return jax.jit(eval_step, compiler_options=options)
+from jaxlm.program import make_eval_step
+from jaxlm.sharding import batch_shardings, sequence_order
+from jaxlm.state import Arrays
 
 
 def evaluate(eval_step, params: Arrays, fixed: Arrays, batches: Iterable, split: Split) -> dict:
@@ -90,7 +61,7 @@ def evaluate_run(config: cfg.Config, step: int | None, split_name: str) -> dict:
                 f"run.dir={run_dir}; prepare it with --tokenizer {run_dir}"
             )
     with run.open_model(config, step) as model:
-        options = dict(devices.kind(model.mesh).compiler_options)
+        options = dict(chips.kind(model.mesh).compiler_options)
         eval_step = make_eval_step(config, model.structure, model.layout, options)
         shardings = batch_shardings(config, model.layout, model.mesh)
         batches = evaluation_batches(

@@ -8,18 +8,17 @@ from typing import Any
 
 from jaxlm.config import AXES, DIMS, FAMILIES, RULES, STORAGE, Config, UserError
 from jaxlm.configfile import (
-    KINDS,
     Key,
     changes,
-    did_you_mean,
     plain,
     schema,
     sections,
     tables,
     to_dict,
     yaml_lines,
-    yaml_text,
 )
+from jaxlm.nearest import did_you_mean
+from jaxlm.yaml_values import KINDS, yaml_text
 
 CHANGES = {
     "recompiles": "the train step is compiled anew",
@@ -46,11 +45,13 @@ def show(config: Config, sources: dict[str, str]) -> str:
 
 
 def explain(name: str, config: Config | None = None) -> str:
-    """What a key means and what changing it alters; of a section all its keys, of "" every key."""
-    keys = schema(*FAMILIES)
+    """What a key means and what changing it alters; a section gives all its keys, "" every key."""
+    keys = dict(schema(*FAMILIES))
+    for own in schema(config.model.family).values() if config is not None else ():
+        keys[own.name] = own._replace(families=keys[own.name].families)
     table = next((t for t in tables() if name.startswith(f"{t}.")), None)
     if name in keys:
-        return _explain_key(keys[name], config)
+        return "\n".join(_explain_key(key, config) for key in _variants(keys[name], config))
     if table is not None:
         return _explain_item(keys[table], name.removeprefix(f"{table}."), config)
     inside = [key for key in keys.values() if not name or key.name.startswith(f"{name}.")]
@@ -58,6 +59,17 @@ def explain(name: str, config: Config | None = None) -> str:
         raise UserError(f"unknown key {name}{did_you_mean(name, [*keys, *sections()])}")
     head = f"{name}: {_section_doc(name)}\n\n" if name else ""
     return head + "\n".join(_explain_key(key, config) for key in inside)
+
+
+def _variants(key: Key, config: Config | None) -> list[Key]:
+    """The key of the config's family; without a config, one for all families that have it alike."""
+    if config is not None or not key.families:
+        return [key]
+    alike: dict[Any, list[str]] = {}
+    for family in key.families:
+        own = schema(family)[key.name]
+        alike.setdefault((own.field.metadata["doc"], own.default), []).append(family)
+    return [schema(f[0])[key.name]._replace(families=tuple(f)) for f in alike.values()]
 
 
 def _section_doc(name: str) -> str:
@@ -68,10 +80,10 @@ def _explain_key(key: Key, config: Config | None) -> str:
     limits = key.field.metadata
     value = TABLE_DEFAULTS[key.name] if key.is_table else key.default
     default = "required" if limits["required"] else f"default {yaml_text(plain(value))}"
-    family = f", family {key.family} only" if key.family else ""
+    family = f", family {' or '.join(key.families)} only" if key.families else ""
     lines = [f"{key.name}: {KINDS[key.kind]}, {default}{family}", f"meaning: {limits['doc']}"]
     lines += [f"legal: {_legal(key)}"]
-    known = config is not None and key.family in ("", config.model.family)
+    known = config is not None and (not key.families or config.model.family in key.families)
     found = changes(key, config) if config is not None and known else limits["changes"]
     where = {"numbers": f", where {limits['numbers_where']}"} if limits["numbers_where"] else {}
     lines += [

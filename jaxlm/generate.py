@@ -22,9 +22,8 @@ from jax.sharding import Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import config as cfg
-from jaxlm import devices
-from jaxlm.attention.xla import CACHE
 from jaxlm.data import Tokenizer, decode, encode_prompt
+from jaxlm.hardware import chips
 from jaxlm.interop import carried
 from jaxlm.models import family_module
 from jaxlm.models.decoder import Decoder, logits
@@ -110,27 +109,20 @@ def generate_tokens(
         return []
     layout = layout.replace(seq=(), residual_seq=())  # a single token cannot be split
     if layout.size("layers") > 1:
-        layout = spread_layers(layout)
+        layout = layout.unstaged()
         params = respread(params, structure, layout)
     prompts_BS, lengths_B = pad(prompts, math.lcm(layout.size("batch"), layout.size("cache_batch")))
     place = lambda array, dims: jax.make_array_from_callback(
         array.shape, NamedSharding(mesh, layout.spec(dims)), lambda index: array[index]
     )
     with jax.set_mesh(mesh):
-        program = make_program(layout, tokens, sampling, devices.kind(mesh).compiler_options)
+        program = make_program(layout, tokens, sampling, chips.kind(mesh).compiler_options)
         out_BN = program(
             structure.merge(params), place(prompts_BS, "batch _"), place(lengths_B, "batch"),
             np.uint32(seed), np.atleast_1d(np.asarray(NOTHING if eos is None else eos, np.int32)),
         )  # fmt: skip
         rows = np.asarray(out_BN)[: len(prompts)]
     return [row[row != NOTHING].tolist() for row in rows]
-
-
-def spread_layers(layout: Layout) -> Layout:
-    """The layout in which every stage has a part of every layer, gathered like that of fsdp."""
-    storage = dict(layout.storage)
-    storage["embed"] = (*storage.get("embed", ()), "stage")
-    return dataclasses.replace(layout.replace(layers=()), storage=tuple(storage.items()))
 
 
 def respread(params: Arrays, structure: Structure, layout: Layout) -> Arrays:
@@ -170,7 +162,7 @@ def check_lengths(model: cfg.Model, prompts: list[list[int]], tokens: int) -> No
             f"a prompt has token {largest}, and model.vocab_size={model.vocab_size}: "
             "the tokenizer is not the model's"
         )
-    positions = family_module(model.family).learned_positions(model)
+    positions = model.learned_positions
     length = max(map(len, prompts), default=1)
     if positions and length + tokens - 1 > positions:  # the last token is never read
         room = positions + 1 - length
@@ -246,12 +238,20 @@ def read_token(model: Decoder, token_B, position_B, layout: Layout, cache):
 
 
 def make_cache(config: cfg.Model, batch: int, slots: int, layout: Layout) -> list:
-    """Empty keys and values, a pair for each block of each group's pattern."""
+    """Empty arrays, those that each block of each group's pattern keeps (`block.cache`)."""
     slots += -slots % layout.size("cache_seq")
-    shape, spec = (batch, slots, config.num_kv_heads, config.head_dim), layout.spec(CACHE)
-    zeros = lambda n: jnp.zeros((n, *shape), layout.compute, out_sharding=P(None, *spec))
+
+    def empty(block, repeats: int) -> tuple[jax.Array, ...]:
+        return tuple(
+            jnp.zeros(
+                (repeats, batch, slots, *sizes), layout.compute,
+                out_sharding=P(None, *layout.spec(dims)),
+            )
+            for dims, sizes in block.cache(config)
+        )  # fmt: skip
+
     groups = family_module(config.family).groups(config)
-    return [[(zeros(repeats), zeros(repeats)) for _ in pattern] for pattern, repeats in groups]
+    return [[empty(block, repeats) for block in pattern] for pattern, repeats in groups]
 
 
 def scores(model: Decoder, hidden_BD, layout: Layout) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm import config as cfg
-from jaxlm import devices
+from jaxlm.hardware import chips
 from jaxlm.interop import carried
 from jaxlm.models import moe
 from jaxlm.sharding import Layout
@@ -39,7 +39,7 @@ def _copies(layout: Layout, structure: Structure) -> Iterator[str]:
     for name, dims in structure.dims.items():
         if math.prod(structure.shapes[name]) < LARGE:
             continue
-        used = layout.stored_axes(dims)
+        used = structure.home(name, layout).stored_axes(dims)
         idle = tuple(axis for axis in SHARDING if sizes[axis] > 1 and axis not in used)
         dim = "embed" if "embed" in dims.split() else dims.split()[-1]
         if idle:
@@ -73,7 +73,7 @@ def _tensor_across_hosts(mesh: Mesh) -> Iterator[str]:
 
 def _too_few_tokens(config: cfg.Config, mesh: Mesh, layout: Layout) -> Iterator[str]:
     """Batches too small to hide the gathers of weights, or the gradients' way across slices."""
-    kind, sizes = devices.kind(mesh), dict(layout.axes)
+    kind, sizes = chips.kind(mesh), dict(layout.axes)
     if not (kind.bf16_flops and kind.link):
         return
     b, dcn = config.batch, config.mesh.dcn
@@ -110,7 +110,7 @@ def _too_few_tokens(config: cfg.Config, mesh: Mesh, layout: Layout) -> Iterator[
 def _dense_experts(config: cfg.Config, mesh: Mesh, layout: Layout) -> Iterator[str]:
     """Dropless experts: XLA has no grouped product that leaves out the rows of other experts."""
     m = config.model
-    if not isinstance(m, moe.Config) or not devices.kind(mesh).bf16_flops:
+    if not isinstance(m, moe.Config) or not chips.kind(mesh).bf16_flops:
         return
     rows = moe.product_rows(m, config.batch.sequence_length, layout)
     times = rows / m.experts_per_token
@@ -122,7 +122,7 @@ def _dense_experts(config: cfg.Config, mesh: Mesh, layout: Layout) -> Iterator[s
         )
 
 
-def _bandwidth(kind: devices.Kind, mesh: Mesh, axes: list[str]) -> float:
+def _bandwidth(kind: chips.Kind, mesh: Mesh, axes: list[str]) -> float:
     """Bytes/s with which a chip gathers over these mesh axes."""
     index = tuple(slice(None) if axis in axes else 0 for axis in cfg.AXES)
     group = list(mesh.devices[index].flat)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, a progress line, TensorBoard and Weights & Biases."""
+"""What a run reports: metrics.jsonl, a progress line, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.live import Live
 
 from jaxlm import config as cfg
-from jaxlm import devices, trackers
+from jaxlm import trackers
 from jaxlm.attention.xla import visible_pairs
+from jaxlm.hardware import chips
 from jaxlm.models import layer_windows
+from jaxlm.optim import is_matrix
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
 
@@ -47,7 +49,7 @@ def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int
     matmul = sum(
         math.prod(shape) * _active(model, structure.dims[name])
         for name, shape in structure.shapes.items()
-        if "embed" in structure.dims[name].split() and name != "positions"
+        if is_matrix(structure.dims[name]) and name != "positions"
     )
     if not model.tie_embeddings:
         matmul -= math.prod(structure.shapes["embed"])
@@ -57,22 +59,22 @@ def flops_per_token(model: cfg.Model, structure: Structure, sequence_length: int
 
 
 def _active(model: cfg.Model, dims: str) -> float:
-    """The part of a weight that a token meets: of experts those that it is sent to."""
+    """The part of a weight that one token is multiplied by: of experts, those it is sent to."""
     if not {"experts", "mlp"} <= set(dims.split()):
         return 1.0
-    return vars(model)["experts_per_token"] / vars(model)["num_experts"]
+    return model.expert_share
 
 
 @contextlib.contextmanager
 def only_informs(what: str) -> Iterator[None]:
-    """Around what a run can do without: any fault in it is one line, and the run goes on.
+    """Log an error as one line and continue: for what a run can do without.
 
-    Not around what all processes compute together: those without the fault would wait for ever.
-    `what` says what is missing then.
+    Not for what all processes compute together: the others would wait for ever for the one that
+    failed. `what` says in the log what is missing.
     """
     try:
         yield
-    except BrokenPipeError:  # the reader of our output has left: there is nobody to inform
+    except BrokenPipeError:  # the program that read our output has ended
         raise
     except cfg.UserError as error:
         logger.info("%s: %s", what, error)
@@ -89,21 +91,21 @@ class Log:
     step: Callable[[tuple[int, dict] | None], None]  # (step, values of its metrics)
     evaluation: Callable[[int, dict[str, float]], None]
     samples: Callable[[int, list[tuple[str, str]]], None]
-    compare: Callable[[int, dict[str, Any]], None]  # "plan/..." of a prediction, with what was
-    paused: Callable[[], contextlib.AbstractContextManager]  # time inside is not a step's
+    compare: Callable[[int, dict[str, Any]], None]  # (step, prediction), beside the measured
+    paused: Callable[[], contextlib.AbstractContextManager]  # time inside is not counted
 
 
 @contextlib.contextmanager
 def open_log(
     config: cfg.Config, structure: Structure, mesh: Mesh, run_dir: Path, start: int
 ) -> Iterator[Log]:
-    """Open a run's outputs to go on from step `start`; records of later steps are dropped."""
+    """Open a run's outputs to continue from step `start`; records of later steps are dropped."""
     with contextlib.ExitStack() as stack:
         say, progress, sinks, keep_sample = _outputs(config, run_dir, start, stack)
         describe = describer(config, structure, mesh)
         step_tokens = config.batch.sequences * config.batch.sequence_length
         clock = {"time": time.monotonic(), "step": start}
-        timings: list[float] = []  # of steps; the first has the compile in it
+        timings: list[float] = []  # of steps; the first includes compiling
 
         def step(values: tuple[int, dict] | None) -> None:
             if values is None:
@@ -131,7 +133,7 @@ def open_log(
         def samples(done: int, texts: list[tuple[str, str]]) -> None:
             for prompt, text in texts:
                 keep_sample({"step": done, "prompt": prompt, "text": text})
-            with only_informs("no sample is shown"):  # by a terminal that lacks its characters
+            with only_informs("no sample is shown"):  # a terminal may lack its characters
                 say(f"step {done}  sample {texts[0][0] + texts[0][1]!r}")
 
         def compare(done: int, plan: dict[str, Any]) -> None:
@@ -250,7 +252,7 @@ def _screen(stack: contextlib.ExitStack):
 
 def describer(config: cfg.Config, structure: Structure, mesh: Mesh):
     """record -> the progress line: loss, speed, MFU where the peak is known, time left, end."""
-    flops, peak = 0.0, devices.kind(mesh).bf16_flops * mesh.size  # FLOP/s
+    flops, peak = 0.0, chips.kind(mesh).bf16_flops * mesh.size  # FLOP/s
     with only_informs("no MFU"):
         flops = flops_per_token(config.model, structure, config.batch.sequence_length)
 
@@ -268,7 +270,7 @@ def describer(config: cfg.Config, structure: Structure, mesh: Mesh):
 
 
 def _end(left: float) -> str:
-    """When a run ends; nothing where that is beyond the calendar."""
+    """When a run ends; empty where that is beyond the last year that Python knows."""
     try:
         end = datetime.datetime.now() + datetime.timedelta(seconds=left)
     except OverflowError:
@@ -285,7 +287,7 @@ def describe_run(config, mesh: Mesh, layout: Layout, structure: Structure, start
     """One line: how large, where, and from which step."""
     count = sum(math.prod(shape) for shape in structure.shapes.values())
     axes = " x ".join(f"{axis}={size}" for axis, size in layout.axes if size > 1) or "one device"
-    kind = devices.kind(mesh).name
+    kind = chips.kind(mesh).name
     come = f", resumed at step {start}" if start else ""
     return (
         f"{config.name}: {count / 1e6:.2f}M parameters, {mesh.size} x {kind} ({axes}), "

@@ -1,9 +1,9 @@
 """Optimizers: a config becomes an optax chain, each parameter's rule chosen from its dimensions.
 
-A parameter is a matrix of `embed` x its other dimensions, or a stack of such matrices; optax's
-Adafactor and Muon choose from shapes, which is wrong for stacks.
+A parameter is a matrix, as `embed` x heads and their width, or a stack of matrices, or a vector
+(norms, biases); optax's Adafactor and Muon choose from shapes, which is wrong for stacks.
 
-Letters: D embed. For Muon: M x N a matrix, cut over devices into R x C pieces of m x n, all of
+Letters, for Muon: M x N a matrix, cut over devices into R x C pieces of m x n, all of
 them K = R C; B matrices in a stack, G stacks kept apart by sharding (pipeline stages, experts).
 """
 
@@ -25,7 +25,8 @@ from jaxlm.sharding import wide
 Arrays = dict[str, jax.Array]
 Axes = tuple[str, ...]  # of the mesh
 STACKING = {"layers", "parts", "experts"}
-MUON = {"heads", "kv_heads", "mlp"}  # a matrix with one of these takes Muon, the others Adam
+HEADS = {"heads", "kv_heads", "head_dim"}  # one side of a matrix: the width of attention
+TABLES = {"vocab", "positions", "experts"}  # sides of matrices that take Adam in place of Muon
 MIN_FACTORED = 128  # Adafactor keeps a matrix with a shorter side whole, as optax does
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's, for 5 steps
 
@@ -39,12 +40,14 @@ def schedule(config: Optimizer, steps: int) -> Callable[[jax.typing.ArrayLike], 
     if config.schedule == "wsd":
         begin = max(begin, steps - 1 - round(config.decay_fraction * steps))
     span = steps - 1 - begin
-    if config.schedule == "constant":
-        decay = optax.constant_schedule(peak)
-    elif config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, max(span, 1), config.final_fraction)
-    else:
-        decay = optax.linear_schedule(peak, peak * config.final_fraction, span)
+    linear = lambda: optax.linear_schedule(peak, peak * config.final_fraction, span)
+    decays = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, max(span, 1), config.final_fraction),
+        "linear": linear,
+        "wsd": linear,
+    }
+    decay = decays[config.schedule]()
 
     def rate(step):
         # Not optax's warm-up, which loses log2(warmup) bits at step 0 to cancellation.
@@ -107,23 +110,37 @@ class Sides(NamedTuple):
     """Positions of a parameter's dimensions: those that stack, and a matrix's two sides."""
 
     stack: tuple[int, ...]
-    embed: tuple[int, ...]
+    one: tuple[int, ...]  # `embed`, where there is one
     other: tuple[int, ...]
 
 
 def sides(dims: str) -> Sides:
-    """Sort dimensions into stacking ones, `embed`, and others (a router is embed x experts)."""
+    """Sort dimensions into stacking ones and two sides; a vector has one side (or none, a number).
+
+    One side is `embed`, or what comes first where there is none: a latent projection is rank x
+    heads and their width. A router is embed x experts.
+    """
     names = dims.split()
     router = set(names) <= STACKING | {"embed"}
     stacking = STACKING - {"experts"} if router else STACKING
-    kinds = [0 if name in stacking else 1 if name == "embed" else 2 for name in names]
+    rest = [name for name in names if name not in stacking]
+    first = "embed" if "embed" in rest else rest[0] if rest else ""
+    one = {first} | (HEADS if first in HEADS else set())
+    kinds = [0 if name in stacking else 1 if name in one else 2 for name in names]
     return Sides(*(tuple(i for i, kind in enumerate(kinds) if kind == k) for k in range(3)))
 
 
 def is_matrix(dims: str) -> bool:
     """Whether a parameter holds matrices: neither a norm nor a bias."""
-    _, embed, other = sides(dims)
-    return bool(embed and other)
+    _, one, other = sides(dims)
+    return bool(one and other) and "norm" not in dims.split()
+
+
+def takes_muon(dims: str) -> bool:
+    """Whether it holds matrices between hidden activations: no table of rows, no router."""
+    names = dims.split()
+    _, one, other = sides(dims)
+    return is_matrix(dims) and not TABLES & {names[i] for i in one + other}
 
 
 class AdafactorState(NamedTuple):
@@ -145,9 +162,9 @@ def scale_by_adafactor(dims: dict[str, str]) -> optax.GradientTransformation:
     def init(params) -> AdafactorState:
         row, column, full = {}, {}, {}
         for name, x in params.items():
-            _, embed, other = sides(dims[name])
-            if is_matrix(dims[name]) and min(_size(x, embed), _size(x, other)) >= MIN_FACTORED:
-                row[name], column[name] = _zeros_without(x, other), _zeros_without(x, embed)
+            _, one, other = sides(dims[name])
+            if is_matrix(dims[name]) and min(_size(x, one), _size(x, other)) >= MIN_FACTORED:
+                row[name], column[name] = _zeros_without(x, other), _zeros_without(x, one)
             else:
                 full[name] = jnp.zeros_like(x)
         return AdafactorState(jnp.zeros((), jnp.int32), row, column, full)
@@ -158,18 +175,18 @@ def scale_by_adafactor(dims: dict[str, str]) -> optax.GradientTransformation:
         new = 1.0 * count ** jnp.float32(-0.8)  # section 7.2
         row, column, full, clipped = {}, {}, {}, {}
         for name, g in updates.items():
-            _, embed, other = sides(dims[name])
+            _, one, other = sides(dims[name])
             square = jnp.square(g) + 1e-30
             if name in state.row:
                 row[name] = (1 - new) * state.row[name] + new * jnp.mean(square, other)
-                column[name] = (1 - new) * state.column[name] + new * jnp.mean(square, embed)
-                row_D = jnp.expand_dims(row[name], other)
-                row_D = row_D / jnp.mean(row_D, embed, keepdims=True)
-                u = g * row_D**-0.5 * jnp.expand_dims(column[name], embed) ** -0.5
+                column[name] = (1 - new) * state.column[name] + new * jnp.mean(square, one)
+                means = jnp.expand_dims(row[name], other)
+                means = means / jnp.mean(means, one, keepdims=True)
+                u = g * means**-0.5 * jnp.expand_dims(column[name], one) ** -0.5
             else:
                 full[name] = (1 - new) * state.full[name] + new * square
                 u = g * full[name] ** -0.5
-            rms = jnp.sqrt(jnp.mean(jnp.square(u), embed + other, keepdims=True))
+            rms = jnp.sqrt(jnp.mean(jnp.square(u), one + other, keepdims=True))
             clipped[name] = u / jnp.maximum(1.0, rms)
         return clipped, AdafactorState(count, row, column, full)
 
@@ -185,7 +202,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(config: Optimizer, dims: dict[str, str]) -> optax.GradientTransformation:
-    """Muon (Keller Jordan, 2024) for attention and MLP matrices, Adam for everything else.
+    """Muon (Keller Jordan, 2024) for the matrices of the layers, Adam for everything else.
 
     Nesterov momentum with bias correction as in optax.contrib.muon; its Newton-Schulz, mapped
     over stacks, would communicate in every product.
@@ -194,7 +211,7 @@ def scale_by_muon(config: Optimizer, dims: dict[str, str]) -> optax.GradientTran
     beta = config.momentum
 
     def split(arrays: Arrays) -> tuple[Arrays, Arrays]:
-        chosen = {n for n in arrays if is_matrix(dims[n]) and MUON & set(dims[n].split())}
+        chosen = {name for name in arrays if takes_muon(dims[name])}
         rest = {name: x for name, x in arrays.items() if name not in chosen}
         return {name: x for name, x in arrays.items() if name in chosen}, rest
 
@@ -250,8 +267,8 @@ class Pieces(NamedTuple):
 
 def cut(x: jax.Array, dims: str) -> Pieces:
     """Plan the pieces of an array from its sharding, with the shorter side as rows."""
-    stack, embed, other = sides(dims)
-    rows, columns = (embed, other) if _size(x, embed) <= _size(x, other) else (other, embed)
+    stack, one, other = sides(dims)
+    rows, columns = (one, other) if _size(x, one) <= _size(x, other) else (other, one)
     axes = _dim_axes(x)
     parts = [(_devices(a), size // _devices(a)) for a, size in zip(axes, x.shape, strict=True)]
     split = sum(parts, ())

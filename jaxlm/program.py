@@ -1,4 +1,4 @@
-"""What a config runs: the mesh, the layout and the train step, for the loop and the planner alike.
+"""What a config runs: mesh, layout, train step and evaluation step, for loop and planner alike.
 
 Read it with train.py, which loops over this step. Shapes: B batch, S sequence, M microbatches.
 """
@@ -15,7 +15,8 @@ from jax.sharding import Mesh, reshard
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import config as cfg
-from jaxlm import devices, optim, pipeline
+from jaxlm import optim, pipeline
+from jaxlm.hardware import chips
 from jaxlm.loss import (
     aux_weights,
     batch_losses,
@@ -26,6 +27,7 @@ from jaxlm.loss import (
     update_fixed,
 )
 from jaxlm.mesh import open_mesh
+from jaxlm.models.decoder import Decoder
 from jaxlm.sharding import Layout, batch_shardings, wide
 from jaxlm.state import Arrays, State, Structure, abstract_state, model_structure
 
@@ -47,7 +49,7 @@ def make_program(config: cfg.Config, found: list | None = None) -> Program:
     with jax.set_mesh(mesh):
         structure = model_structure(config.model, layout)
     optimizer = optim.make_optimizer(config.optimizer, config.steps, structure.dims)
-    options = dict(devices.kind(mesh).compiler_options)
+    options = dict(chips.kind(mesh).compiler_options)
     step = make_train_step(config, structure, layout, optimizer, options)
     return Program(mesh, layout, structure, optimizer, step, options)
 
@@ -104,31 +106,35 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
     """Sums over the batch: loss, weight, gradients, aux. The one seam between kinds of step."""
     params = defer_reduction(state.params, structure, layout)
     fixed = defer_reduction(state.fixed, structure, layout)
-    grad_fn = jax.value_and_grad(
-        functools.partial(loss_sums, config, structure, layout), has_aux=True
-    )
-
-    def microbatch(sums, part):
-        (total, aux), grads = grad_fn(params, fixed, part)
-        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (aux, grads)), None
-
-    count = config.batch.microbatches
     if layout.size("layers") > 1:
         aux, grads = pipeline.accumulate(config, structure, params, fixed, batch, layout)
-    elif count == 1:
-        whole = batch | {"aux_weight": jnp.sum(batch["weights"])}
-        (_, aux), grads = grad_fn(params, fixed, whole)
     else:
-        parts = split_batch(batch, count)
-        parts["aux_weight"] = aux_weights(batch, parts)
-        first = jax.tree.map(lambda x: x[0], parts)
-        (_, aux), _ = jax.eval_shape(grad_fn, params, fixed, first)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
-        sums = zeros, jax.tree.map(_unreduced_zeros, params)
-        (aux, grads), _ = jax.lax.scan(microbatch, sums, parts)
+        aux, grads = accumulate(config, structure, params, fixed, batch, layout)
     grads = reduce_gradients(grads, structure, layout)
     aux = read_peaks(aux)
     return aux.pop("loss"), aux.pop("weight"), grads, aux
+
+
+def accumulate(config: cfg.Config, structure: Structure, params, fixed, batch, layout: Layout):
+    """(aux, gradients) of the microbatches, one after another, summed."""
+    loss = functools.partial(loss_sums, config, structure, layout)
+    grad_fn = jax.value_and_grad(loss, has_aux=True)
+    if config.batch.microbatches == 1:
+        whole = batch | {"aux_weight": jnp.sum(batch["weights"])}
+        (_, aux), grads = grad_fn(params, fixed, whole)
+        return aux, grads
+
+    def add(sums, part):
+        (_, aux), grads = grad_fn(params, fixed, part)
+        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, (aux, grads)), None
+
+    parts = split_batch(batch, config.batch.microbatches)
+    parts["aux_weight"] = aux_weights(batch, parts)
+    first = jax.tree.map(lambda x: x[0], parts)
+    (_, aux), _ = jax.eval_shape(grad_fn, params, fixed, first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+    sums, _ = jax.lax.scan(add, (zeros, jax.tree.map(_unreduced_zeros, params)), parts)
+    return sums
 
 
 def loss_sums(config: cfg.Config, structure: Structure, layout: Layout, params, fixed, batch):
@@ -147,24 +153,24 @@ def defer_reduction(arrays: Arrays, structure: Structure, layout: Layout) -> Arr
     """
 
     def one(name: str, array: jax.Array) -> jax.Array:
-        dims, over = structure.dims[name], structure.over[name]
+        dims, over, home = structure.dims[name], structure.over[name], structure.home(name, layout)
         if layout.gather_at == "step":
-            spec, dtype = layout.spec(dims), jnp.dtype(layout.compute)
+            spec, dtype = home.spec(dims), jnp.dtype(layout.compute)
         else:
-            spec, dtype = layout.stored(dims), array.dtype
-        return reshard(array.astype(dtype), P(*spec, reduced=layout.summed(over, spec)))
+            spec, dtype = home.stored(dims), array.dtype
+        return reshard(array.astype(dtype), P(*spec, reduced=home.summed(over, spec)))
 
     return {name: one(name, array) for name, array in arrays.items()}
 
 
 def reduce_gradients(grads: Arrays, structure: Structure, layout: Layout) -> Arrays:
     """The one reduction of a step, in precision.reduce, to the sharding at rest."""
-    return {
-        name: reshard(grad.astype(layout.reduce), layout.stored(structure.dims[name])).astype(
-            wide(layout.reduce)
-        )
-        for name, grad in grads.items()
-    }
+
+    def one(name: str, grad: jax.Array) -> jax.Array:
+        stored = structure.home(name, layout).stored(structure.dims[name])
+        return reshard(grad.astype(layout.reduce), stored).astype(wide(layout.reduce))
+
+    return {name: one(name, grad) for name, grad in grads.items()}
 
 
 def _unreduced_zeros(weight: jax.Array) -> jax.Array:
@@ -172,3 +178,26 @@ def _unreduced_zeros(weight: jax.Array) -> jax.Array:
     return jnp.zeros(
         weight.shape, wide(weight.dtype), out_sharding=P(*spec.partitions, unreduced=spec.reduced)
     )
+
+
+def make_eval_step(config: cfg.Config, structure: Structure, layout: Layout, options: dict):
+    """jit(params, fixed, batch) -> (loss, weight) of each row, float32 [M, B/M], on every device.
+
+    Microbatch by microbatch, as in training: what could train can be evaluated.
+    """
+
+    def losses_of_rows(model: Decoder, batch: Arrays):
+        nll_BS, _, _ = batch_losses(config, model, batch, layout)
+        weights_BS = batch["weights"]
+        return jnp.sum(nll_BS * weights_BS, axis=1), jnp.sum(weights_BS, axis=1)
+
+    def eval_step(params: Arrays, fixed: Arrays, batch: Arrays):
+        if layout.size("layers") > 1:
+            rows = pipeline.losses_of_rows(config, structure, params, fixed, batch, layout)
+        else:
+            model = structure.merge(params, fixed)
+            parts = split_batch(batch, config.batch.microbatches)
+            _, rows = jax.lax.scan(lambda _, part: (None, losses_of_rows(model, part)), None, parts)
+        return tuple(reshard(row_MB, P(None, None)) for row_MB in rows)
+
+    return jax.jit(eval_step, compiler_options=options)

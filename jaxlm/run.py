@@ -1,4 +1,4 @@
-"""A run's directory: its config, its tokenizer, its state to go on from, its model at some step."""
+"""A run's directory: its config, its tokenizer, the state to continue from, its model at a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jaxlm.data import (
     prepare_corpus,
     separators,
 )
-from jaxlm.data.split import read_tokens
+from jaxlm.data.shards import read_tokens
 from jaxlm.interop import carried
 from jaxlm.mesh import open_mesh
 from jaxlm.sharding import Layout, place
@@ -41,14 +41,15 @@ from jaxlm.state import (
     model_structure,
     trained,
 )
+from jaxlm.yaml_values import yaml_text
 
 logger = logging.getLogger("jaxlm")
 EXAMPLE_TOKENS = 24  # read from a document for a prompt to suggest
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """A model on a mesh, without an optimizer."""
+class LoadedModel:
+    """A model of a run on a mesh, without an optimizer."""
 
     config: cfg.Config
     mesh: Mesh
@@ -72,13 +73,13 @@ def config_path(path: str | os.PathLike) -> Path:
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> cfg.Config:
     """The config of a YAML file, or of a run directory.
 
-    Of the latter, `run.dir` is where it lies now, and which processes made it does not matter.
+    A run directory may have been moved, and made by other processes: `run.dir` is where it is now.
     """
     path = Path(path)
     if not os.path.isdir(path):
         return configfile.load(path, overrides)
-    place_ = f"./{path}" if str(path).startswith("~") else str(path)  # not a home directory
-    here = [f"run.dir={configfile.yaml_text(place_)}"]
+    where = f"./{path}" if str(path).startswith("~") else str(path)  # not a home directory
+    here = [f"run.dir={yaml_text(where)}"]
     here += ["devices.coordinator=", "devices.num_processes=0", "devices.process_id=0"]
     return configfile.load(config_path(path), [*here, *overrides])
 
@@ -106,9 +107,9 @@ def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
 
 
 def training_tokenizer(config: cfg.Config) -> Tokenizer:
-    """The tokenizer of a run's dataset; texts end also where those of its first weights did.
+    """The tokenizer of a run's dataset, with the ends of text of the model that it starts from.
 
-    An imported model may have more tokens that end a text than the one that ends documents.
+    An imported model may have several tokens that end a text; documents end with one of them.
     """
     tokenizer = load_tokenizer(config.data.path)
     first = [config.checkpoint.start_from] if config.checkpoint.start_from else []
@@ -153,7 +154,7 @@ def find_tokenizer(config: cfg.Config) -> Tokenizer:
 def tokenizer_place(config: cfg.Config) -> Path | None:
     """The directory with the tokenizer of a run: its own, or that of the data it was trained on.
 
-    An imported model was trained on no data of ours: what lies at data.path is not its tokenizer.
+    An imported model was not trained on data.path, so a tokenizer there is not its own.
     """
     run_dir = cfg.run_dir(config)
     places = [run_dir] if carried.find(run_dir) else [run_dir, Path(config.data.path)]
@@ -161,7 +162,7 @@ def tokenizer_place(config: cfg.Config) -> Path | None:
 
 
 @contextlib.contextmanager
-def open_model(config: cfg.Config, step: int | None = None) -> Iterator[Model]:
+def open_model(config: cfg.Config, step: int | None = None) -> Iterator[LoadedModel]:
     """The model of a run on the mesh that the config names, at a step (None: the newest)."""
     directory = cfg.run_dir(config) / "checkpoints"
     found = checkpoint.latest(directory) if step is None else step
@@ -172,22 +173,22 @@ def open_model(config: cfg.Config, step: int | None = None) -> Iterator[Model]:
         structure = model_structure(config.model, layout)
         abstract = place(mesh, jax.eval_shape(lambda: init_params(config, layout)))
         params, fixed = checkpoint.restore_params(directory, found, *abstract)
-        yield Model(config, mesh, layout, structure, params, fixed, found)
+        yield LoadedModel(config, mesh, layout, structure, params, fixed, found)
 
 
 def prepare_data(config: cfg.Config) -> None:
-    """Build the built-in corpus that data.corpus names, at its own place and at no other.
+    """Build the built-in corpus that data.corpus names, if data.path is the place of that corpus.
 
-    A data.path elsewhere is the user's: where it does not exist it is mistyped, and UserError.
+    Any other data.path is a dataset of the user: where it does not exist, UserError.
     """
     corpus, path = config.data.corpus, Path(config.data.path)
     if corpus == "none" or path.exists():
         return
-    place_ = corpus_path(corpus)
-    if os.path.realpath(path) != os.path.realpath(place_):
+    own = corpus_path(corpus)
+    if os.path.realpath(path) != os.path.realpath(own):
         raise cfg.UserError(
-            f"data.path={path} does not exist, and data.corpus={corpus} is made at {place_} only;"
-            f" correct the path, use data.path={place_}, or make the corpus there with"
+            f"data.path={path} does not exist, and data.corpus={corpus} is made at {own} only;"
+            f" correct the path, use data.path={own}, or make the corpus there with"
             f" `jaxlm data prepare --corpus {corpus} --out {shlex.quote(str(path))}`"
         )
     if jax.process_index() == 0:
@@ -199,44 +200,52 @@ def prepare_data(config: cfg.Config) -> None:
 
 
 def first_state(
-    config: cfg.Config, layout: Layout, optimizer: optax.GradientTransformation, mesh: Mesh, facts
-) -> tuple[State, int]:
+    config: cfg.Config, layout: Layout, optimizer: optax.GradientTransformation, mesh: Mesh,
+    training: Split,
+) -> tuple[State, int]:  # fmt: skip
     """The newest state of the run, or a new one, possibly with another run's parameters."""
     directory = cfg.run_dir(config) / "checkpoints"
     step = checkpoint.latest(directory)
     if step is not None:
-        load.check_data_state(
-            checkpoint.read_data(directory, step), step, facts.keywords["split"], config.batch,
-            config.seed,
-        )  # fmt: skip
+        data_state = checkpoint.read_data(directory, step)
+        load.check_data_state(data_state, step, training, config.batch, config.seed)
         abstract = abstract_state(config, layout, optimizer, mesh)
         return checkpoint.restore_state(directory, step, abstract), step
     state = create_state(config, layout, optimizer, mesh)
-    if not config.checkpoint.start_from:
-        return state, 0
-    source = Path(config.checkpoint.start_from) / "checkpoints"
-    found = checkpoint.latest(source)
+    if config.checkpoint.start_from:
+        state = _with_parameters(state, config, layout, mesh, training)
+    return state, 0
+
+
+def _with_parameters(
+    state: State, config: cfg.Config, layout: Layout, mesh: Mesh, training: Split
+) -> State:
+    """A new state with the parameters of checkpoint.start_from; says what differs there."""
+    source = Path(config.checkpoint.start_from)
+    directory = source / "checkpoints"
+    found = checkpoint.latest(directory)
     if found is None:
-        what = "has no checkpoint" if source.parent.is_dir() else "does not exist"
+        what = "has no checkpoint" if source.is_dir() else "does not exist"
         raise cfg.UserError(
-            f"checkpoint.start_from={source.parent} {what}; name the directory of a run that"
+            f"checkpoint.start_from={source} {what}; name the directory of a run that"
             " `jaxlm train` or `jaxlm import` made"
         )
-    shapes = place(mesh, jax.eval_shape(lambda: state.params | state.fixed))
-    old = checkpoint.read_config(source, found)
+    old = checkpoint.read_config(directory, found)
     for key, there, here in configfile.differences(old, config, "numbers"):
         if key.startswith("model.") and key != "model.init_std":
             logger.warning("checkpoint.start_from: %s=%s there, %s here", key, there, here)
-    tokenizer = source.parent / "tokenizer.json"
-    if tokenizer.is_file():
-        if load_tokenizer(source.parent).sha256 != facts.keywords["split"].tokenizer_sha256:
+    if (source / "tokenizer.json").is_file():
+        if load_tokenizer(source).sha256 != training.tokenizer_sha256:
             logger.warning("checkpoint.start_from: its tokenizer is not that of data.path")
-    weights = model_structure(config.model, layout).weights
-    theirs = trained(weights, old["optimizer"]["train"])
-    split = lambda names: {name: shapes[name] for name in shapes if name in names}
-    params, fixed = checkpoint.restore_params(
-        source, found, split(theirs), split(shapes.keys() - theirs)
+    shapes = place(mesh, jax.eval_shape(lambda: state.params | state.fixed))
+    trained_there = trained(
+        model_structure(config.model, layout).weights, old["optimizer"]["train"]
     )
+    params, fixed = checkpoint.restore_params(
+        directory, found,
+        {name: shape for name, shape in shapes.items() if name in trained_there},
+        {name: shape for name, shape in shapes.items() if name not in trained_there},
+    )  # fmt: skip
     arrays = params | fixed
-    take = lambda old: {name: arrays[name] for name in old}
-    return State(state.step, take(state.params), take(state.fixed), state.opt), 0
+    take = lambda names: {name: arrays[name] for name in names}
+    return State(state.step, take(state.params), take(state.fixed), state.opt)

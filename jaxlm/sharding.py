@@ -73,6 +73,13 @@ class Layout:
                     used.add(axis)
         return P(*map(_entry, entries))
 
+    def local_shape(self, where: str | PartitionSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an array on one device: of its dimension names in use, or of a sharding."""
+        entries = partitions(self.spec(where) if isinstance(where, str) else where)
+        sizes = dict(self.axes)
+        counts = [math.prod(sizes[axis] for axis in _axes(entry)) for entry in entries]
+        return tuple(-(-size // count) for size, count in zip(shape, counts, strict=True))
+
     def stored_axes(self, dims: str) -> frozenset[str]:
         """The axes that split a weight at rest; over all others it is copied."""
         return frozenset(axis for entry in self.stored(dims) for axis in _axes(entry))
@@ -85,6 +92,16 @@ class Layout:
     def replace(self, **rules: tuple[str, ...]) -> Layout:
         """The same layout with other axes for some dimensions in use."""
         return dataclasses.replace(self, rules=tuple({**dict(self.rules), **rules}.items()))
+
+    def unstaged(self) -> Layout:
+        """The layout in which every stage has a part of every layer, gathered like that of fsdp."""
+        storage = dict(self.storage)
+        storage["embed"] = (*storage.get("embed", ()), "stage")
+        return dataclasses.replace(self.replace(layers=()), storage=tuple(storage.items()))
+
+    def beside_stages(self) -> Layout:
+        """The layout of layers that are on no stage: the stages split rows, as data and fsdp do."""
+        return self.unstaged().replace(batch=(*dict(self.rules)["batch"], "stage"))
 
     def param(self, init, shape: tuple[int, ...], dims: str, over: str = "batch seq") -> nnx.Param:
         """A weight at rest from `init(shape, sharding)`; `over` names the activations it meets."""

@@ -17,16 +17,16 @@ from typing import Any
 
 from jaxlm import config as cfg
 from jaxlm.attention import SHORT
-from jaxlm.models import family_module
+from jaxlm.models import family_module, staged_group
 from jaxlm.optim import MIN_FACTORED
 from jaxlm.validate import validate
 
 LARGEST = 64  # devices of the config's own mesh that are simulated; above, its axes shrink to 2
 SOFTCAP = 1.0  # scores and logits of the small model are about as large
-Sizes = dict[str, int]  # of the axes of a mesh
+MeshSizes = dict[str, int]  # of the axes of a mesh
 
 
-def replace_mesh(config: cfg.Config, sizes: Sizes) -> cfg.Config:
+def replace_mesh(config: cfg.Config, sizes: MeshSizes) -> cfg.Config:
     """The config on another mesh; `dcn` stays where the mesh still has its factors."""
     dcn = {a: n for a, n in config.mesh.dcn.items() if sizes.get(a, 1) % n == 0}
     every = {axis: sizes.get(axis, 1) for axis in cfg.AXES}
@@ -35,7 +35,7 @@ def replace_mesh(config: cfg.Config, sizes: Sizes) -> cfg.Config:
     return dataclasses.replace(config, mesh=mesh, pipeline=pipeline)
 
 
-def own_mesh(config: cfg.Config) -> Sizes:
+def own_mesh(config: cfg.Config) -> MeshSizes:
     """The config's mesh, with -1 filled up to 8 devices; a large mesh has axes of 2."""
     fill = max(1, 8 // math.prod(max(1, getattr(config.mesh, a)) for a in cfg.AXES))
     sizes = {axis: getattr(config.mesh, axis) for axis in cfg.AXES}
@@ -45,7 +45,7 @@ def own_mesh(config: cfg.Config) -> Sizes:
     return sizes
 
 
-def shrink(config: cfg.Config, meshes: Sequence[Sizes]) -> cfg.Config:
+def shrink(config: cfg.Config, meshes: Sequence[MeshSizes]) -> cfg.Config:
     """The config in float32 with the smallest sizes that all the meshes divide."""
     for sizes in meshes:
         validate(replace_mesh(config, sizes), math.prod(sizes.values()))
@@ -57,7 +57,6 @@ def shrink(config: cfg.Config, meshes: Sequence[Sizes]) -> cfg.Config:
     length = math.lcm(2 * unit("seq"), unit("residual_seq"), unit("seq") * chunks)
     length *= -(-32 // length)
     multiple = math.lcm(unit("vocab"), 8)
-    fields = {field.name for field in dataclasses.fields(m)}
     width = math.lcm(unit("embed") * unit("layers"), unit("norm"), 16)  # generation: over both
     # Adafactor keeps the means of wide matrices alone.
     least = MIN_FACTORED if config.optimizer.name == "adafactor" else 32
@@ -69,18 +68,20 @@ def shrink(config: cfg.Config, meshes: Sequence[Sizes]) -> cfg.Config:
         vocab_size=multiple * max(2, -(-64 // multiple)) - 3,
         init_std=m.init_std * math.sqrt(max(1.0, m.embed_dim / embed)),
     ) | dict(_scaled(m, b.sequence_length, length))  # fmt: skip
-    for name in ("expert_mlp_dim", "shared_expert_dim"):
-        if vars(m).get(name):
-            smaller[name] = mlp
-    if "max_positions" in fields:
-        smaller["max_positions"] = math.lcm(length, unit("positions"))
+    for field in dataclasses.fields(m):  # those of a family
+        if field.metadata["dim"] == "positions":
+            smaller[field.name] = math.lcm(length, unit("positions"))
+        elif field.metadata["dim"] == "mlp" and field.name != "mlp_dim" and getattr(m, field.name):
+            smaller[field.name] = mlp
+    smaller |= m.shrunk(smaller, length)
     kernels = config.attention.backend in ("splash", "cudnn")
     whole = config.attention.backend == "xla" or (
         config.attention.backend == "auto" and b.sequence_length <= SHORT
     )
     # Other numbers of microbatches divide it too.
     turns = 2 * stages if config.pipeline.repeats > 1 else 2
-    sequences = math.lcm(unit("batch"), 2) * math.lcm(microbatches, turns)
+    beside = stages if len(family_module(m.family).groups(m)) > 1 else 1  # they split rows there
+    sequences = math.lcm(unit("batch") * beside, 2) * math.lcm(microbatches, turns)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(m, **smaller),
@@ -97,7 +98,7 @@ def shrink(config: cfg.Config, meshes: Sequence[Sizes]) -> cfg.Config:
     )  # fmt: skip
 
 
-def _unit(config: cfg.Config, meshes: Sequence[Sizes], dim: str) -> int:
+def _unit(config: cfg.Config, meshes: Sequence[MeshSizes], dim: str) -> int:
     """What a dimension must be a multiple of, in use and at rest, on every mesh."""
     axes = (cfg.RULES | config.rules).get(dim, ()), (cfg.STORAGE | config.storage).get(dim, ())
     count = lambda sizes: math.prod(sizes.get(axis, 1) for axis in {*axes[0], *axes[1]})
@@ -112,13 +113,9 @@ def _scaled(model: cfg.Model, before: int, length: int) -> Iterator[tuple[str, A
             yield name, min(value, length // 3) if value < before else length
         elif "softcap" in name and value:
             yield name, min(value, SOFTCAP)
-    if "rope_original_length" in vars(model):
-        yield "rope_original_length", min(vars(model)["rope_original_length"], length)
-    if "capacity_factor" in vars(model):
-        yield "capacity_factor", min(vars(model)["capacity_factor"], 1.0)
 
 
-def num_layers(config: cfg.Config, meshes: Sequence[Sizes]) -> int:
+def num_layers(config: cfg.Config, meshes: Sequence[MeshSizes]) -> int:
     """The fewest layers with all that the config's layers have, and that all the meshes divide.
 
     The family says what its layers are: every pattern of blocks, whole, every pattern that another
@@ -138,12 +135,14 @@ def num_layers(config: cfg.Config, meshes: Sequence[Sizes]) -> int:
     return config.model.num_layers
 
 
-def layer_kinds(model: cfg.Model) -> tuple[frozenset, frozenset]:
-    """The patterns of blocks, each with whether it is repeated, and which follow one another."""
+def layer_kinds(model: cfg.Model) -> tuple[frozenset, frozenset, tuple]:
+    """The patterns of blocks, each with whether it is repeated, which follow one another, and the
+    one that stages are cut from.
+    """
     groups = family_module(model.family).groups(model)
     kinds = [tuple(_kind(block) for block in pattern) for pattern, _ in groups]
     repeated = {(kind, min(2, repeats)) for kind, (_, repeats) in zip(kinds, groups, strict=True)}
-    return frozenset(repeated), frozenset(itertools.pairwise(kinds))
+    return frozenset(repeated), frozenset(itertools.pairwise(kinds)), kinds[staged_group(model)]
 
 
 def _kind(block: Any) -> Any:

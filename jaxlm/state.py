@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm import config as cfg
+from jaxlm.models import staged_group
 from jaxlm.models.decoder import Decoder
 from jaxlm.sharding import Layout, place, stacked_dims
 
@@ -46,6 +47,11 @@ class Structure:
     dims: dict[str, str]  # name -> dimension names, with a leading `layers` where stacked
     over: dict[str, str]  # name -> dimensions of the activations that the weight meets
     weights: tuple[str, ...]  # the names that may be trained; other variables never are
+    beside: frozenset[str]  # the names of layers that are on no stage, where there are stages
+
+    def home(self, name: str, layout: Layout) -> Layout:
+        """The layout of an array of the model, where that of the model is `layout`."""
+        return layout.beside_stages() if name in self.beside else layout
 
     def merge(self, *parts: Arrays) -> Decoder:
         """The module that holds these arrays."""
@@ -57,12 +63,16 @@ def model_structure(model_config: cfg.Model, layout: Layout) -> Structure:
     """The structure of a model, without making any array."""
     model = jax.eval_shape(lambda: Decoder(model_config, layout, jax.random.key(0)))
     named = _variables(model)
+    staged = f"groups.{staged_group(model_config)}."
+    layers = {name for name in named if name.startswith("groups.")}
+    on_stages = {name for name in layers if name.startswith(staged)}
     return Structure(
         treedef=jax.tree.structure(model),
         shapes={name: variable.get_value().shape for name, variable in named.items()},
         dims={name: stacked_dims(variable) for name, variable in named.items()},
         over={name: variable.get_metadata("over") for name, variable in named.items()},
         weights=_weights(named),
+        beside=frozenset(layers - on_stages if layout.size("layers") > 1 else ()),
     )
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: records of metrics to programs that draw them."""
+"""TensorBoard and Weights & Biases: metrics sent to programs that draw them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from jaxlm import (
     lint,
     metrics,
     pipeline,
-    programs,
+    program_cache,
     run,
 )
 from jaxlm import config as cfg
@@ -26,7 +26,7 @@ from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
 from jaxlm.interop import carried
 from jaxlm.plan import estimate
-from jaxlm.program import Program, make_program
+from jaxlm.program import Program, make_eval_step, make_program
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import State, Structure
 
@@ -35,8 +35,8 @@ logger = logging.getLogger("jaxlm")
 
 def train(config: cfg.Config) -> None:
     """Train to config.steps, from the newest checkpoint of the run directory if it has one."""
-    if jax.process_count() == 1:  # where one loads and others compile, gloo gives up waiting
-        programs.keep()
+    if jax.process_count() == 1:  # of several, one would load while others compile, and time out
+        program_cache.keep()
     program = make_program(config)
     mesh, layout, structure, optimizer, train_step, options = program
     run.prepare_data(config)
@@ -44,8 +44,10 @@ def train(config: cfg.Config) -> None:
     data.check_vocab(training, config.model.vocab_size)
     run_dir = cfg.run_dir(config)
     prediction = predict(config, program)
-    facts = functools.partial(load.data_state, split=training, batch=config.batch, seed=config.seed)
-    for key, before, now in checkpoint.refuse_other_run(run_dir, config, facts(0)):
+    data_state = functools.partial(
+        load.data_state, split=training, batch=config.batch, seed=config.seed
+    )
+    for key, before, now in checkpoint.refuse_other_run(run_dir, config, data_state(0)):
         logger.info("changed since the last start: %s=%s, was %s", key, now, before)
     with jax.set_mesh(mesh):
         shardings = batch_shardings(config, layout, mesh)
@@ -53,7 +55,7 @@ def train(config: cfg.Config) -> None:
         tokenizer = run.training_tokenizer(config)
         example = run.example_prompt(config, tokenizer, training)
         write_samples = make_sampling(config, structure, layout, mesh, tokenizer)
-        state, start = run.first_state(config, layout, optimizer, mesh, facts)
+        state, start = run.first_state(config, layout, optimizer, mesh, training)
         batches = load.batches(
             training, config.batch, config.seed, shardings, start,
             order=sequence_order(layout, config.batch.sequence_length),
@@ -94,7 +96,7 @@ def train(config: cfg.Config) -> None:
                         log.evaluation(done, held_out(state))
                     if saving:
                         checkpoint.save(
-                            manager, done, state, facts(done), configfile.to_dict(config)
+                            manager, done, state, data_state(done), configfile.to_dict(config)
                         )
                     if sampling:
                         log.samples(done, write_samples(state))
@@ -107,7 +109,7 @@ def train(config: cfg.Config) -> None:
 
 
 def predict(config: cfg.Config, program: Program) -> dict[str, Any]:
-    """What the planner reads from the step's trace; said, and kept with the metrics."""
+    """What the planner expects of a step on these devices; logged, and kept with the metrics."""
     with metrics.only_informs("plan: no prediction"):
         target, (cost, time) = estimate.predict(config, program)
         logger.info(
@@ -122,13 +124,13 @@ def predict(config: cfg.Config, program: Program) -> dict[str, Any]:
 
 
 def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, shardings, options):
-    """state -> held-out numbers, or None where the dataset holds nothing out."""
+    """A function state -> held-out loss; None where the dataset holds nothing out."""
     if not data.read_manifest(config.data.path)["splits"]["validation"]["tokens"]:
         logger.info("no evaluation: the validation split of %s is empty", config.data.path)
         return None
     split = data.open_split(config.data.path, "validation")
-    evaluation_items(split, config.batch.sequence_length)  # a mistake must not stop a run half-way
-    eval_step = evaluate.make_eval_step(config, structure, layout, options)
+    evaluation_items(split, config.batch.sequence_length)  # finds a mistake before the run
+    eval_step = make_eval_step(config, structure, layout, options)
 
     def held_out(state: State) -> dict:
         batches = load.evaluation_batches(
@@ -144,9 +146,9 @@ def make_evaluation(config: cfg.Config, structure: Structure, layout: Layout, sh
 def make_sampling(
     config: cfg.Config, structure: Structure, layout: Layout, mesh: Mesh, tokenizer: data.Tokenizer
 ):
-    """state -> [(prompt, text)]: sample.prompts, continued."""
+    """A function state -> [(prompt, text that continues it)] for sample.prompts."""
     sample = config.sample
-    if sample.every:  # a mistake in the prompts must not stop a run half-way
+    if sample.every:  # finds a mistake in the prompts before the run, not in it
         prompts = generate.encode_prompts(tokenizer, list(sample.prompts))
         generate.check_lengths(config.model, prompts, sample.tokens)
 

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.config import (
     AXES,
     DIMS,
-    RULES,
-    STORAGE,
     Config,
     Mesh,
     UserError,
     check_text,
-    padded_vocab,
 )
-from jaxlm.configfile import did_you_mean
+from jaxlm.divisibility import layout_problems, near_meshes
 from jaxlm.models import family_module
+from jaxlm.nearest import divide, join, near_divisors, or_list
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
-# Arrays of the model: in use, an axis may split only one dimension of each.
-ARRAYS = (
-    "batch seq embed", "batch residual_seq embed", "batch seq heads head_dim",
-    "batch seq kv_heads head_dim", "batch seq mlp", "batch seq vocab",
-    "embed heads head_dim", "embed kv_heads head_dim", "embed mlp", "vocab embed",
-    "positions embed", "experts embed mlp", "cache_batch cache_seq cache_kv_heads head_dim",
-)  # fmt: skip
-# Dimensions that stay in one piece, in use and (but for norms) at rest.
+# Dimensions that are not split, and why. Exceptions: `layers` by stage, `norm` at rest.
 WHOLE = {
     "layers": "layers are scanned", "parts": "the parts of a weight are taken apart",
     "norm": "a norm's scale meets whole vectors",
 }  # fmt: skip
-SEARCH = 1 << 16  # no axis is larger: bounds the search for sizes that work
-
-Table = dict[str, tuple[str, ...]]
 
 
 def validate(config: Config, num_devices: int | None = None) -> None:
@@ -47,7 +33,7 @@ def validate(config: Config, num_devices: int | None = None) -> None:
     for check in (_check_run, _check_devices, _check_optimizer, _check_remat, _check_kernel):
         check(config)
     _check_sample(config)
-    FAMILY_CHECKS[config.model.family](config, config.model)
+    family_module(config.model.family).check(config)
     if num_devices is None:
         _check_sizes(config.mesh)
         sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in AXES}
@@ -60,42 +46,6 @@ def validate(config: Config, num_devices: int | None = None) -> None:
         near = near_meshes(config, sizes)
         hint = f"; nearest meshes that fit: {' or '.join(near)}" if near else ""
         raise UserError("; and ".join(problems) + hint)
-
-
-def layout_problems(config: Config, sizes: dict[str, int]) -> Iterator[str]:
-    """Every dimension that its axes do not fit, each with the nearest values that do."""
-    rules, storage = RULES | config.rules, STORAGE | config.storage
-    yield from _check_arrays(rules, sizes)
-    yield from _check_heads(config, rules, storage, sizes)
-    yield from _check_batch(config, rules, sizes)
-    yield from _check_pipeline(config, rules, storage, sizes)
-    yield from _check_weights(config, rules, storage, sizes)
-
-
-def near_meshes(config: Config, sizes: dict[str, int], count: int = 3) -> list[str]:
-    """The meshes of as many devices that fit the config and change the fewest factors."""
-    axes = [axis for axis in AXES if sizes[axis] > 1 or axis in ("data", "fsdp", "tensor")]
-    ranked = []
-    for shape in factorisations(math.prod(sizes.values()), len(axes)):
-        other = dict.fromkeys(AXES, 1) | dict(zip(axes, shape, strict=True))
-        if any(other[axis] % factor for axis, factor in config.mesh.dcn.items()):
-            continue
-        distance = sum(abs(math.log(other[axis] / sizes[axis])) for axis in AXES)
-        ranked.append((distance, shape, other))
-    found = (other for _, _, other in sorted(ranked, key=lambda each: each[:2]))
-    fit = (other for other in found if not any(layout_problems(config, other)))
-    name = lambda other: ",".join(f"{axis}={n}" for axis, n in other.items() if n > 1)
-    return [name(other) or "one device" for other in itertools.islice(fit, count)]
-
-
-def factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write a number as an ordered product of so many factors."""
-    if parts == 1:
-        yield (number,)
-        return
-    for first in _divisors(number):
-        for rest in factorisations(number // first, parts - 1):
-            yield (first, *rest)
 
 
 def resolve_mesh(mesh: Mesh, num_devices: int) -> dict[str, int]:
@@ -123,7 +73,7 @@ def resolve_mesh(mesh: Mesh, num_devices: int) -> dict[str, int]:
         )
     if fill is not None:
         if num_devices % product:
-            near = _join(_near_divisors(num_devices, product))
+            near = join(near_divisors(num_devices, product))
             raise UserError(
                 f"mesh.{fill}=-1 cannot be filled: {num_devices} devices do not divide by "
                 f"{product} ({shape}); the product of the other axes can be {near}"
@@ -143,7 +93,7 @@ def _grow(sizes: dict[str, int], num_devices: int) -> str:
     works = [a for a in ("data", "fsdp", "tensor") if num_devices % (product // sizes[a]) == 0]
     if works:
         return f"use mesh.{works[0]}=-1 to take the rest, or "
-    near = _join(_near_divisors(num_devices, product))
+    near = join(near_divisors(num_devices, product))
     return f"make the product {num_devices} (an axis of -1 can fill it from {near}), or "
 
 
@@ -166,11 +116,11 @@ def _check_sizes(mesh: Mesh) -> None:
 def _check_dcn(mesh: Mesh, sizes: dict[str, int], resolved: bool) -> None:
     for axis, factor in mesh.dcn.items():
         if axis not in AXES:
-            raise UserError(f"mesh.dcn.{axis} is not a mesh axis{_or_list(axis, AXES)}")
+            raise UserError(f"mesh.dcn.{axis} is not a mesh axis{or_list(axis, AXES)}")
         if factor < 1:
             raise UserError(f"mesh.dcn.{axis}={factor} must be at least 1")
         if (resolved or getattr(mesh, axis) != -1) and sizes[axis] % factor:
-            near = _join(_near_divisors(sizes[axis], factor))
+            near = join(near_divisors(sizes[axis], factor))
             raise UserError(
                 f"mesh.dcn.{axis}={factor} does not divide mesh.{axis}={sizes[axis]}; use {near}"
             )
@@ -182,30 +132,15 @@ def _check_tables(config: Config) -> None:
         for dim, axes in entries.items():
             name = f"{table}.{dim}"
             if dim not in DIMS:
-                raise UserError(f"{name}: {dim!r} is not a dimension{_or_list(dim, DIMS)}")
+                raise UserError(f"{name}: {dim!r} is not a dimension{or_list(dim, DIMS)}")
             for axis in axes:
                 if axis not in AXES:
-                    raise UserError(f"{name}: {axis!r} is not a mesh axis{_or_list(axis, AXES)}")
+                    raise UserError(f"{name}: {axis!r} is not a mesh axis{or_list(axis, AXES)}")
                 if axes.count(axis) > 1:
                     raise UserError(f"{name}: axis {axis} is given twice; once is enough")
             whole = WHOLE.get(dim, "") if (table, dim) != ("storage", "norm") else ""
             if whole and set(axes) - ({"stage"} if dim == "layers" else set()):
                 raise UserError(f"{name}: {whole} and cannot be split; use {name}=[]")
-
-
-def _check_arrays(rules: Table, sizes: dict[str, int]) -> Iterator[str]:
-    """No axis splits two dimensions of one array."""
-    for dims in ARRAYS:
-        owner: dict[str, str] = {}
-        for dim in dims.split():
-            for axis in rules.get(dim, ()):
-                if sizes[axis] > 1 and axis in owner:
-                    yield (
-                        f"rules.{owner[axis]} and rules.{dim} both use axis {axis} "
-                        f"(mesh.{axis}={sizes[axis]}), and an array has the dimensions "
-                        f"({', '.join(dims.split())}); take {axis} from one of them"
-                    )
-                owner[axis] = dim
 
 
 def _check_text(values: Mapping[str, Any], prefix: str = "") -> None:
@@ -238,7 +173,7 @@ def _check_run(config: Config) -> None:
             f"before the end; use checkpoint.keep_every=0 or checkpoint.every={keep_every}"
         )
     if keep_every:
-        for problem in _divide("checkpoint.keep_every", keep_every, {"checkpoint.every": every}):
+        for problem in divide("checkpoint.keep_every", keep_every, {"checkpoint.every": every}):
             raise UserError(problem)
 
 
@@ -280,7 +215,7 @@ def _check_remat(config: Config) -> None:
     for key in ("names", "offload"):
         for name in getattr(r, key):
             if name not in REMAT_NAMES:
-                hint = _or_list(name, REMAT_NAMES)
+                hint = or_list(name, REMAT_NAMES)
                 raise UserError(f"remat.{key}: {name!r} is not a named activation{hint}")
     if r.names and r.policy != "names":
         raise UserError(f"remat.names has no effect with remat.policy={r.policy}; use names")
@@ -316,230 +251,3 @@ def _check_sample(config: Config) -> None:
         raise UserError(f"sample.top_k={s.top_k} is above model.vocab_size={vocab}; 0 takes all")
     if not s.top_p:
         raise UserError("sample.top_p=0.0 leaves no token; for greedy use sample.temperature=0")
-
-
-def _check_gpt2(config: Config, model: Any) -> None:
-    if model.num_kv_heads != model.num_heads:
-        raise UserError(
-            f"model.num_kv_heads={model.num_kv_heads}: gpt2 has no grouped heads; "
-            f"use model.num_kv_heads={model.num_heads} (model.num_heads)"
-        )
-    _check_positions("batch.sequence_length", config.batch.sequence_length, model.max_positions)
-    if config.sample.every:
-        _check_positions("sample.tokens", config.sample.tokens, model.max_positions)
-
-
-def _check_positions(name: str, length: int, positions: int) -> None:
-    if length > positions:
-        raise UserError(
-            f"{name}={length} is above model.max_positions={positions}; "
-            f"use {name}={positions} or model.max_positions={length}"
-        )
-
-
-def _check_llama(config: Config, model: Any) -> None:
-    names = ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_length")
-    _check_rotary(model, names if model.rope_scaling == "llama3" else names[:1])
-    if model.rope_scaling == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
-        raise UserError(
-            f"model.rope_low_freq_factor={model.rope_low_freq_factor} must be below "
-            f"model.rope_high_freq_factor={model.rope_high_freq_factor}, as 1 and 4"
-        )
-
-
-def _check_rotary(model: Any, names: tuple[str, ...]) -> None:
-    if model.head_dim % 2:
-        near = _join([n for n in (model.head_dim - 1, model.head_dim + 1) if n])
-        raise UserError(f"model.head_dim={model.head_dim} must be even to rotate; use {near}")
-    for name in names:
-        value = getattr(model, f"rope_{name}")
-        if value <= 0:
-            raise UserError(f"model.rope_{name}={value} must be above 0")
-
-
-def _check_moe(config: Config, model: Any) -> None:
-    """Experts, and for the rotary families their head width."""
-    m, rules, share = model, RULES | config.rules, model.capacity_factor
-    _check_rotary(model, ("theta",))
-    if m.experts_per_token > m.num_experts:
-        raise UserError(
-            f"model.experts_per_token={m.experts_per_token} is above model.num_experts="
-            f"{m.num_experts}; a token is sent to {m.num_experts} at most"
-        )
-    if m.dispatch == "capacity" and not share:
-        raise UserError("model.capacity_factor=0.0 leaves no slot; use 1.25, or 1.0 for even loads")
-    if outside := [axis for axis in rules["experts"] if axis not in rules["batch"]]:
-        raise UserError(
-            f"rules.experts: axis {outside[0]} is not in rules.batch={list(rules['batch'])}: "
-            "tokens are sent along the axes of experts, each device its own; add it there"
-        )
-
-
-FAMILY_CHECKS = {
-    "llama": _check_llama, "gpt2": _check_gpt2, "mixtral": _check_moe, "qwen3_moe": _check_moe,
-}  # fmt: skip
-
-
-def _check_batch(config: Config, rules: Table, sizes: dict[str, int]) -> Iterator[str]:
-    b, loss = config.batch, config.loss
-    microbatches = {"batch.microbatches": b.microbatches}
-    yield from _divide("batch.sequences", b.sequences, _axes(rules, "batch", sizes) | microbatches)
-    name, length = "batch.sequence_length", b.sequence_length
-    yield from _divide(name, length, _axes(rules, "residual_seq", sizes))
-    split = _axes(rules, "seq", sizes)
-    yield from _divide(name, length, split | {"loss.chunks": loss.chunks})
-    if split and config.attention.context != "all_to_all":  # two pieces of it on each device
-        yield from _divide(name, length, split, pieces=2)
-
-
-def _check_pipeline(
-    config: Config, rules: Table, storage: Table, sizes: dict[str, int]
-) -> Iterator[str]:
-    """Layers divide into chunks, and with repeats microbatches go in turns of all stages."""
-    stages, repeats, count = sizes["stage"], config.pipeline.repeats, config.batch.microbatches
-    if stages == 1:
-        if repeats > 1:
-            yield (
-                f"pipeline.repeats={repeats} has no effect with mesh.stage=1; "
-                "use pipeline.repeats=1 or mesh.stage=2"
-            )
-        return
-    if "stage" not in rules["layers"]:
-        yield (
-            f"rules.layers=[] with mesh.stage={stages}: layers live on stages; "
-            "use rules.layers=[stage] or mesh.stage=1"
-        )
-    misplaced = [dim for dim, axes in rules.items() if "stage" in axes]
-    misplaced = [dim for dim in misplaced if dim not in ("layers", "vocab")]
-    if misplaced:
-        yield (f"rules.{misplaced[0]}: stages split layers and vocab only; drop stage")
-    if at_rest := [dim for dim, axes in config.storage.items() if "stage" in axes]:
-        yield (f"storage.{at_rest[0]}: layers rest on their stage; drop stage")
-    groups = family_module(config.model.family).groups(config.model)
-    if len(groups) > 1:
-        each = ", ".join(str(number) for _, number in groups)
-        yield (
-            f"mesh.stage={stages}: model.family={config.model.family} has {len(groups)} groups of "
-            f"layers here ({each}), and stages split one; use mesh.stage=1"
-        )
-    factors = {"mesh.stage": stages, "pipeline.repeats": repeats}
-    pattern, number = groups[0]
-    name = "model.num_layers" if len(pattern) == 1 else f"model.num_layers / {len(pattern)}"
-    yield from _divide(name, number, factors)
-    if repeats > 1:
-        yield from _divide("batch.microbatches", count, {"mesh.stage": stages})
-    # Generation holds a part of every layer on every stage (generate.py).
-    embed = _axes(rules, "embed", sizes) | _axes(storage, "embed", sizes)
-    yield from _divide("model.embed_dim", config.model.embed_dim, embed | {"mesh.stage": stages})
-
-
-def _check_heads(
-    config: Config, rules: Table, storage: Table, sizes: dict[str, int]
-) -> Iterator[str]:
-    """Query heads divide; kv heads divide too, or are fewer than their axes and are replicated."""
-    m = config.model
-    if m.num_heads % m.num_kv_heads:
-        near = _join(_near_divisors(m.num_heads, m.num_kv_heads))
-        yield (
-            f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; "
-            f"nearest: model.num_kv_heads={near}"
-        )
-    heads = _axes(rules, "heads", sizes) | _axes(storage, "heads", sizes)
-    yield from _divide("model.num_heads", m.num_heads, heads)
-    kv, ways = m.num_kv_heads, _axes(rules, "kv_heads", sizes)
-    count = math.prod(ways.values())
-    if kv % count and count % kv:
-        fits = [n for n in _divisors(m.num_heads) if kv % n == 0 or n % kv == 0]
-        near = [*[n for n in fits if n < count][-1:], *[n for n in fits if n > count][:1]]
-        axis = next(iter(ways)) if len(ways) == 1 else "their product"
-        yield (
-            f"model.num_kv_heads={kv} is not divisible by {_product(ways)}; nearest: "
-            f"{axis}={_join(near)}, or rules.kv_heads=[] to replicate them"
-        )
-    if config.attention.context == "all_to_all":  # kv heads are repeated
-        parts = _axes(rules, "heads", sizes) | _axes(rules, "seq", sizes)
-        yield from _divide("model.num_heads", m.num_heads, parts)
-    extra = _axes(storage, "kv_heads", sizes)
-    if extra:
-        yield from _divide("model.num_kv_heads", kv, (ways if count <= kv else {}) | extra)
-    # Where the config does not say, the cache follows kv_heads.
-    yield from _divide("model.num_kv_heads", kv, _axes(config.rules, "cache_kv_heads", sizes))
-
-
-def _check_weights(
-    config: Config, rules: Table, storage: Table, sizes: dict[str, int]
-) -> Iterator[str]:
-    """Every dimension of a weight divides by its axes, in use and at rest."""
-    m = config.model
-    rows = padded_vocab(m)
-    dims = [
-        ("embed", "model.embed_dim", m.embed_dim), ("mlp", "model.mlp_dim", m.mlp_dim),
-        ("head_dim", "model.head_dim", m.head_dim), ("norm", "model.embed_dim", m.embed_dim),
-        ("layers", "model.num_layers", m.num_layers),
-    ]  # fmt: skip
-    dims += [("norm", "model.head_dim", m.head_dim)] if m.qk_norm else []
-    if "num_experts" in vars(m):
-        dims += [("experts", "model.num_experts", vars(m)["num_experts"])]
-        dims += [("mlp", "model.expert_mlp_dim", vars(m)["expert_mlp_dim"])]
-        dims += [("mlp", "model.shared_expert_dim", vars(m)["shared_expert_dim"])]
-    positions = vars(m).get("max_positions")  # of gpt2
-    dims += [("positions", "model.max_positions", positions)] if positions else []
-    for dim, name, size in dims:
-        yield from _divide(name, size, _axes(rules, dim, sizes) | _axes(storage, dim, sizes))
-    ways = _axes(rules, "vocab", sizes) | _axes(storage, "vocab", sizes)
-    unit = math.prod(ways.values())
-    if rows % unit:
-        near = _join(_near_divisors(rows, unit))
-        yield (
-            f"model.vocab_size={m.vocab_size}, padded to {rows}, is not divisible by "
-            f"{_product(ways)}; use a product of {near}, or "
-            f"model.vocab_multiple={math.lcm(m.vocab_multiple, unit)}"
-        )
-
-
-def _axes(table: Table, dim: str, sizes: dict[str, int]) -> dict[str, int]:
-    """The mesh axes over which a dimension is split: {"mesh.tensor": 2}."""
-    return {f"mesh.{axis}": sizes[axis] for axis in table.get(dim, ()) if sizes[axis] > 1}
-
-
-def _divide(name: str, value: int, factors: dict[str, int], pieces: int = 1) -> Iterator[str]:
-    """What is wrong if `pieces` times the product of the factors does not divide a value."""
-    factors = {key: factor for key, factor in factors.items() if factor > 1}
-    unit = pieces * math.prod(factors.values())
-    if value % unit == 0:
-        return
-    below = value // unit * unit
-    fixes = [f"{name}={_join([n for n in (below, below + unit) if n])}"]
-    for key, factor in factors.items():
-        rest = unit // factor
-        if value % rest == 0:
-            fixes.append(f"{key}={_join(_near_divisors(value // rest, factor))}")
-    yield (
-        f"{name}={value} is not divisible by {f'{pieces} x ' if pieces > 1 else ''}"
-        f"{_product(factors)}; nearest: {', or '.join(fixes)}"
-    )
-
-
-def _product(factors: dict[str, int]) -> str:
-    text = " x ".join(f"{key}={factor}" for key, factor in factors.items())
-    return text if len(factors) == 1 else f"{math.prod(factors.values())} ({text})"
-
-
-@functools.cache  # a search asks for those of few numbers very often
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, min(number, SEARCH) + 1) if number % n == 0]
-
-
-def _near_divisors(number: int, near: int) -> list[int]:
-    """The largest divisor below `near` and the smallest above."""
-    divisors = _divisors(number)
-    return [*[n for n in divisors if n < near][-1:], *[n for n in divisors if n > near][:1]]
-
-
-def _join(values: list[int]) -> str:
-    return " or ".join(map(str, values))
-
-
-def _or_list(word: str, names: tuple[str, ...]) -> str:
-    """The nearest names, or all of them."""
-    return did_you_mean(word, names) or f"; there are {', '.join(names)}"

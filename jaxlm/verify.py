@@ -32,17 +32,16 @@ from jaxlm.loss import UPDATE, update_fixed
 from jaxlm.mesh import open_mesh
 from jaxlm.program import loss_and_grads, make_updates
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
-from jaxlm.shrink import own_mesh, replace_mesh, shrink
+from jaxlm.shrink import MeshSizes, own_mesh, replace_mesh, shrink
 from jaxlm.state import State, create_state, model_structure
 from jaxlm.validate import validate
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 FLOOR = 1e-4  # of the global norm: a smaller tensor is compared with this
 STEPS = 3
-MOST = 512  # devices of a mesh that is asked for
+MOST = 512  # devices of the largest mesh that may be asked for
 FAST = {"xla_backend_optimization_level": "0"}  # the same HLO, compiled in half the time
 Numbers = dict[str, dict[str, np.ndarray]]  # what -> name -> array
-Sizes = dict[str, int]  # of the axes of a mesh
 OPTIMIZERS = {"adamw": "AdamW", "adafactor": "Adafactor", "lion": "Lion", "muon": "Muon"}
 
 
@@ -60,7 +59,7 @@ class Result:
     first: str  # the first tensor that differs, and by how much; empty if none does
 
 
-def verify_layout(config: cfg.Config, meshes: Sequence[Sizes]) -> Iterator[Result]:
+def verify_layout(config: cfg.Config, meshes: Sequence[MeshSizes]) -> Iterator[Result]:
     """Compare each mesh with one device; needs as many devices as the largest mesh has."""
     small = shrink(config, meshes)
     one = replace_mesh(small, {})
@@ -205,7 +204,8 @@ def _gradients(config: cfg.Config, layout: Layout, mesh):
         metrics = {"loss": loss / weight, **mean(aux)}
         return mean(grads), metrics, optim.global_norm(mean(grads)), fixed
 
-    return lambda state, number: gradients(state, batches[number])
+    # Without the optimizer's state, which differs between optimizers: one program serves both.
+    return lambda state, number: gradients(dataclasses.replace(state, opt=()), batches[number])
 
 
 def _at_start(grads: dict, metrics: dict, norm: jax.Array) -> Numbers:
@@ -274,7 +274,7 @@ def _optimizers(config: cfg.Config, dims: dict[str, str]) -> dict[str, Any]:
 
 
 def unlike(name: str, initial: np.ndarray) -> np.ndarray:
-    """Constant arrays (norms, biases) made unlike everywhere: else nobody sees a misplaced one."""
+    """Constant arrays (norms, biases) with unequal elements, so that a misplaced one is seen."""
     if initial.size < 2 or np.ptp(initial) > 0:
         return initial
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -306,7 +306,7 @@ def make_batch(config: cfg.Config, layout: Layout, step: int) -> dict[str, np.nd
 # The command.
 
 
-def parse_mesh(text: str) -> Sizes:
+def parse_mesh(text: str) -> MeshSizes:
     """fsdp=2,tensor=4 as sizes."""
     sizes = {}
     for part in text.split(","):
@@ -327,7 +327,7 @@ def is_mesh(text: str) -> bool:
     return text.split("=")[0].strip() in cfg.AXES
 
 
-def chosen_meshes(config: cfg.Config, texts: Sequence[str]) -> list[Sizes]:
+def chosen_meshes(config: cfg.Config, texts: Sequence[str]) -> list[MeshSizes]:
     """The meshes that a command names, or the config's own."""
     meshes = [parse_mesh(text) for text in texts] or [own_mesh(config)]
     for sizes in meshes:
@@ -339,7 +339,7 @@ def chosen_meshes(config: cfg.Config, texts: Sequence[str]) -> list[Sizes]:
     return meshes
 
 
-def run(config: cfg.Config, meshes: Sequence[Sizes], as_json: bool) -> bool:
+def run(config: cfg.Config, meshes: Sequence[MeshSizes], as_json: bool) -> bool:
     """`jaxlm verify-layout`: print a row for each mesh; whether all are equal."""
     results = list(verify_layout(config, meshes))
     if as_json:

@@ -1,9 +1,20 @@
 #!/usr/bin/env bash
 # Lint, types and tests. Arguments go to pytest; PYTHON=python3.11 tests on that one.
 # EXTRAS=test,plan-tpu,plan-gpu also compiles for TPUs and GPUs that are not there.
+# scripts/test.sh --fast: no test that compiles a step of a model or starts a run (tests/conftest.py).
+# scripts/test.sh -m nightly: more of the same, which takes an hour.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" "${EXTRAS:-test}"
+[ "${1:-}" != --fast ] || set -- -m 'not slow and not nightly' "${@:2}"
+times="installation $SECONDS s"
+trap 'echo "$0: $times, $SECONDS s in all"' EXIT
+part() { # NAME COMMAND...
+    local start=$SECONDS status=0
+    "${@:2}" || status=$?
+    times+=", $1 $((SECONDS - start)) s"
+    return "$status"
+}
 "$venv/bin/ruff" format --check .
-"$venv/bin/ruff" check .
-"$venv/bin/pyright" --pythonpath "$venv/bin/python"
-exec "$venv/bin/python" -m pytest "$@"
+part lint "$venv/bin/ruff" check .
+part types "$venv/bin/pyright" --pythonpath "$venv/bin/python"
+part tests "$venv/bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal "$@"

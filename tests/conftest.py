@@ -1,7 +1,12 @@
-"""Eight simulated CPU devices for every test, and one compile cache; before jax is imported."""
+"""Eight simulated CPU devices for every test, and one compile cache; before jax is imported.
+
+`scripts/test.sh --fast` leaves out what is marked slow: the tests of the files of SLOW, and those
+that carry the mark. `-m oldest` is what also runs on the oldest Python and jax.
+"""
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +16,10 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-_cache = tempfile.TemporaryDirectory(prefix="jaxlm-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-os.environ["XDG_CACHE_HOME"] = _cache.name  # of the planner
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the process they serve
+    _cache = tempfile.TemporaryDirectory(prefix="jaxlm-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["XDG_CACHE_HOME"] = _cache.name  # of the planner
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402  (it reads the environment)
@@ -28,3 +34,24 @@ def data(tmp_path_factory):
     import tiny
 
     return tiny.make_data(tmp_path_factory.mktemp("data") / "tokens")
+
+
+# Files whose tests compile steps of a model or start runs.
+SLOW = set(
+    "analytic attention audit checkpoint compile context devices evaluate every_layout families "
+    "gemma generate hlo interop layouts liveness moe optim overflow parity pipeline plan "
+    "plan_memory qwen records round_trip run tokenizer_files train verify walk".split()
+)
+# Of these, what on an older jax may fail or compute something else: each of its transformations
+# and kinds of parallelism (every_layout), rules of optimizers, and numbers against an oracle.
+OLDEST = {"attention", "every_layout", "optim", "parity", "train"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark tests by their file."""
+    for item in items:
+        name = Path(item.path).stem.removeprefix("test_")
+        if name in SLOW:
+            item.add_marker("slow")
+        if name not in SLOW or name in OLDEST:
+            item.add_marker("oldest")

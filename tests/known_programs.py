@@ -1,10 +1,4 @@
-"""Compile small programs with known FLOPs and traffic for a target; print their HLO as JSON.
-
-python tests/known_programs.py v5e:2x4
-"""
-
-import json
-import sys
+"""Small programs with known FLOPs and traffic."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +6,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.hardware.target import parse_target
-
+KNOWN = ("dense", "scan", "nested", "grad", "remat", "fsdp", "tensor", "ring", "experts")
 N, L, K = 256, 5, 3  # width, layers, microbatches
 
 
@@ -70,16 +63,10 @@ def programs(mesh: Mesh) -> dict:
     }  # fmt: skip
 
 
-def main() -> None:
-    devices = np.array(parse_target(sys.argv[1]).devices())
-    mesh = Mesh(devices, ("x",), axis_types=(AxisType.Explicit,))
-    jax.config.update("jax_default_matmul_precision", "highest")  # TPU would send bfloat16
-    texts = {}
-    with jax.set_mesh(mesh):
-        for name, (function, arguments) in programs(mesh).items():
-            texts[name] = jax.jit(function).lower(*arguments).compile().as_text()
-    print(json.dumps(texts))
-
-
-if __name__ == "__main__":
-    main()
+def trace_known(name: str, devices: list) -> jax.stages.Traced:
+    """One of them on these devices."""
+    mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Explicit,))
+    function, arguments = programs(mesh)[name]
+    # TPU would send bfloat16.
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        return jax.jit(function).trace(*arguments)

@@ -7,13 +7,13 @@ import dataclasses
 import sys
 
 from jaxlm import config as cfg
-from jaxlm import validate
 from jaxlm.models import llama
 
 NAME = "local_global"
 COMMON = llama.COMMON
 Norm, encode_positions = llama.Norm, llama.encode_positions
-learned_positions = llama.learned_positions
+MODEL_TYPES, PREFIX, IGNORED, NAMES = (NAME,), llama.PREFIX, llama.IGNORED, llama.NAMES
+from_hugging_face, to_hugging_face = llama.from_hugging_face, llama.to_hugging_face
 
 
 @cfg.section
@@ -43,8 +43,9 @@ def groups(config: Config):
     return [(blocks, repeats) for blocks, repeats in found if blocks and repeats]
 
 
-def check(config, model) -> None:
+def check(config) -> None:
     """As the families of jaxlm refuse what they cannot be."""
+    model = config.model
     if model.num_layers <= model.dense_layers:
         raise cfg.UserError(f"model.num_layers={model.num_layers} leaves no pattern")
 
@@ -52,7 +53,6 @@ def check(config, model) -> None:
 def register(monkeypatch) -> None:
     """Make it a family, as a file in jaxlm/models would be."""
     monkeypatch.setitem(sys.modules, f"jaxlm.models.{NAME}", sys.modules[__name__])
-    monkeypatch.setitem(validate.FAMILY_CHECKS, NAME, check)
 
 
 def config(base: cfg.Config, **keys) -> cfg.Config:

@@ -7,12 +7,13 @@ import pytest
 import tiny
 
 from jaxlm import configfile
+from jaxlm.attention.compiled import kernel_flops
 from jaxlm.hardware.target import parse_target
 from jaxlm.models import llama
 from jaxlm.plan import analytic
+from jaxlm.plan.cost import part_of
 from jaxlm.program import make_program, trace_train_step
-from jaxlm.xla import hlo
-from jaxlm.xla.account import count_flops
+from jaxlm.xla import count_flops, parse, walk
 
 FSDP = Path(__file__).parent.parent / "configs" / "layouts" / "fsdp.yaml"
 
@@ -22,7 +23,7 @@ def test_flops_of_each_part_are_those_of_the_program(chunks):
     config = configfile.load(FSDP, [f"loss.chunks={chunks}", "remat.policy=none"])
     program = make_program(config, jax.devices())
     text = trace_train_step(config, program).lower().compile().as_text()
-    counted = count_flops(list(hlo.walk(hlo.parse(text))))[0]
+    counted = count_flops(walk(parse(text)), part_of, kernel_flops)[0]
     target = parse_target("cpu:8")
     formulas = analytic.analyze(config, program.layout, program.structure, target).flops
     assert formulas == pytest.approx(counted, rel=1e-6)
@@ -45,7 +46,7 @@ def test_attention_of_a_pattern_of_blocks_is_that_of_the_program(window, monkeyp
     )  # fmt: skip
     program = make_program(config, jax.devices()[:1])
     text = trace_train_step(config, program).lower().compile().as_text()
-    counted = count_flops(list(hlo.walk(hlo.parse(text))))[0]
+    counted = count_flops(walk(parse(text)), part_of, kernel_flops)[0]
     target = parse_target("cpu:1")
     formulas = analytic.analyze(config, program.layout, program.structure, target).flops
     for when in ("forward", "recompute", "backward"):

@@ -14,7 +14,7 @@ from jaxlm.configfile import model_class
 from jaxlm.data import load_tokenizer
 from jaxlm.data.tokenize import make_bytes
 from jaxlm.interop import carried
-from jaxlm.interop.hugging_face import read_model
+from jaxlm.interop.read import read_model
 from jaxlm.models import family_module
 
 

@@ -5,42 +5,19 @@ CPU's compiler has no reduce-scatter: there an all-reduce stands for each.
 
 import dataclasses
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+import recorded
+from recorded import LAYOUTS
 
-from jaxlm import attention, configfile
 from jaxlm import config as cfg
+from jaxlm import xla
 from jaxlm.hardware.target import AbsentDevice, parse_target
-from jaxlm.plan import compiled as compiler
-from jaxlm.xla import collectives as traffic
-from jaxlm.xla import hlo
+from jaxlm.xla.collectives import replica_groups
 
-CONFIGS = Path(__file__).parent / "configs"
 WEIGHTS, NORMS, TABLES = 7, 3, 2  # of a layer: q k v o gate up down; norms with the final one
-LAYOUTS = {
-    "one device": (1, []),
-    "data": (8, ["mesh.data=8"]),
-    "fsdp": (8, ["mesh.fsdp=8"]),
-    "tensor": (2, ["mesh.tensor=2"]),
-    "data x fsdp": (8, ["mesh.data=2", "mesh.fsdp=4"]),
-    "fsdp x tensor": (8, ["mesh.fsdp=4", "mesh.tensor=2"]),
-    "data x fsdp x tensor": (8, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
-    "data, 4 microbatches": (2, ["mesh.data=2", "batch.microbatches=4"]),
-    "data x fsdp, 2 microbatches": (
-        4, ["mesh.data=2", "mesh.fsdp=2", "batch.microbatches=2"],
-    ),
-    "gathered once a step": (
-        4, ["mesh.data=2", "mesh.fsdp=2", "batch.microbatches=2", "gather_at=step"],
-    ),
-}  # fmt: skip
 
 
 def expected(sizes: dict[str, int], microbatches: int, gather_at: str, kind: str) -> Counter:
@@ -130,115 +107,68 @@ def check_bytes(found: Counter, want: Counter) -> None:
         assert abs(found[key] - want[key]) <= 0.1 * want[key] + slack, (key, found, want)
 
 
-def count(found: list[traffic.Collective], layout) -> Counter:
+def count(found: list[xla.Collective], axes: dict[str, int]) -> Counter:
     """Arrays communicated, by (kind, axes, loops around), without scalars."""
     counted = Counter()
     for one in found:
         arrays = len(one.shapes) - one.scalars
-        counted[one.kind, traffic.mesh_axes(one.groups, layout), one.loops] += arrays
+        counted[one.kind, xla.mesh_axes(one.groups, axes), one.loops] += arrays
     return +counted
 
 
-def compile_tiny(num_devices: int, *overrides: str):
-    config = configfile.load(CONFIGS / "llama.yaml", ["model.tie_embeddings=false", *overrides])
-    program = compiler.make_program(config, jax.devices()[:num_devices])
-    text = compiler.trace_train_step(config, program).lower().compile().as_text()
-    return config, program.layout, traffic.find_collectives(hlo.parse(text))
+def collectives(name: str):
+    """(config, sizes of the axes, collectives) of a recorded train step."""
+    axes = dict(recorded.program(name).layout.axes)
+    return recorded.SOURCES[name].config, axes, xla.find_collectives(recorded.module(name))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_collectives_of_a_layout(name):
-    devices, overrides = LAYOUTS[name]
-    config, layout, found = compile_tiny(devices, *overrides)
-    want = expected(dict(layout.axes), config.batch.microbatches, config.gather_at, "cpu")
-    assert count(found, layout) == want
-    check_bytes(
-        measured_bytes(traffic.summarize(found, layout)),
-        expected_bytes(config, dict(layout.axes), "cpu"),
-    )
+    config, axes, found = collectives(name)
+    want = expected(axes, config.batch.microbatches, config.gather_at, "cpu")
+    assert count(found, axes) == want
+    rows = measured_bytes(xla.summarize(found, axes))
+    check_bytes(rows, expected_bytes(config, axes, "cpu"))
     assert sum(one.scalars for one in found) <= 5  # loss, weight, z-loss; the gradient's norm
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 8])
 def test_gradients_cross_the_data_axis_once(microbatches):
     """However many microbatches there are: the slow network is used once a step."""
-    _, layout, found = compile_tiny(
-        2, "mesh.data=2", "batch.sequences=16", f"batch.microbatches={microbatches}"
-    )
-    assert count(found, layout) == {
+    _, axes, found = collectives(f"data, {microbatches} microbatches of 16")
+    assert count(found, axes) == {
         ("all-reduce", ("data",), 0): WEIGHTS + TABLES + NORMS,
     }
 
 
-# Mid-size, so that the compilers choose as they do for real models; a layer has 17M weights.
-MODEL = [
-    "model.embed_dim=1024", "model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=128",
-    "model.mlp_dim=4096", "model.vocab_size=4096", "model.tie_embeddings=false",
-    "batch.sequences=16", "batch.sequence_length=512", "precision.compute=bfloat16",
-]  # fmt: skip
-HAS_TPU = importlib.util.find_spec("libtpu") is not None
-HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
-needs_tpu = pytest.mark.skipif(not HAS_TPU, reason="libtpu is not installed")
-needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="jax-cuda12-plugin is not installed")
+BACKENDS = {
+    "fsdp=8 on TPU": "splash",
+    "fsdp=4 x tensor=2 on TPU": "splash",
+    "fsdp=8 on GPU": "xla",
+    "fsdp=4 x tensor=2 on GPU": "xla",
+    "2 hosts, 2 microbatches on GPU": "xla",
+    "2 hosts, bfloat16 sums on GPU": "xla",
+}
 
 
-def run(target: str, *overrides: str) -> subprocess.CompletedProcess:
-    """`python -m jaxlm.plan.compiled` in its own process: a crash of a compiler is an exit code."""
-    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent.parent)}
-    environment.pop("XLA_FLAGS", None)
-    command = [sys.executable, "-m", "jaxlm.plan.compiled", str(CONFIGS / "llama.yaml")]
-    return subprocess.run(
-        [*command, "--target", target, *overrides], env=environment, capture_output=True, text=True
-    )
-
-
-HAS_CUDNN = attention.cudnn._has_library()
-ABSENT = {
-    "fsdp=8 on TPU": ("v5e:2x4", "splash", ["mesh.fsdp=8"], needs_tpu),
-    "fsdp=4 x tensor=2 on TPU": (
-        "v5e:2x4", "splash", ["mesh.fsdp=4", "mesh.tensor=2"], needs_tpu,
-    ),
-    "fsdp=8 on GPU": ("h100:1x8", "xla", ["mesh.fsdp=8"], needs_cuda),
-    "fsdp=4 x tensor=2 on GPU": (
-        "h100:1x8", "cudnn" if HAS_CUDNN else "xla",
-        ["mesh.fsdp=4", "mesh.tensor=2", "data.segments=false"], needs_cuda,
-    ),
-    "2 hosts, 2 microbatches on GPU": (
-        "h100:2x4", "xla", ["mesh.data=2", "mesh.fsdp=4", "batch.microbatches=2"], needs_cuda,
-    ),
-    "2 hosts, bfloat16 sums on GPU": (
-        "h100:2x4", "xla", ["mesh.data=2", "mesh.fsdp=4", "precision.reduce=bfloat16"], needs_cuda,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=case[-1]) for name, case in ABSENT.items()]
-)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_collectives_on_devices_that_are_not_here(name):
-    target, backend, overrides, _ = ABSENT[name]
-    done = run(target, *MODEL, *overrides)
-    assert done.returncode == 0, done.stderr
-    assert "nvoluntary full rematerialization" not in done.stderr
-    got = json.loads(done.stdout)
-    assert (got["devices"], got["attention"]) == (8, backend)
+    got, config = recorded.report(name), recorded.SOURCES[name].config
+    assert not recorded.record(name).warnings  # of an "involuntary full rematerialization"
+    axes = dict(recorded.program(name).layout.axes)
+    assert (got["devices"], got["attention"]) == (8, BACKENDS[name])
     assert got["state_and_batch_bytes"] < got["peak_bytes"] < 2e9
-    config = configfile.load(CONFIGS / "llama.yaml", [*MODEL, *overrides])
-    gpu, found = target.startswith("h100"), Counter()
+    gpu, found = "GPU" in name, Counter()
     for row in got["collectives"]:
-        key = row["kind"], tuple(row["axes"]), row["loops"]
+        key = row["kind"], row["axes"], row["loops"]
         found[key] += row["arrays"] - row["scalars"]
         if key[:2] == ("all-reduce", ("data",)):  # all gradients but the norms'
             width = np.dtype(config.precision.reduce).itemsize
             assert row["bytes"] == width * large_weights(config.model) / config.mesh.fsdp
-    want = expected(
-        vars(config.mesh), config.batch.microbatches, config.gather_at, "gpu" if gpu else "tpu"
-    )
+    kind = "gpu" if gpu else "tpu"
+    want = expected(axes, config.batch.microbatches, config.gather_at, kind)
     assert joined(found, gpu) == joined(want, gpu)
-    check_bytes(
-        measured_bytes(got["collectives"]),
-        expected_bytes(config, vars(config.mesh), "gpu" if gpu else "tpu"),
-    )
+    check_bytes(measured_bytes(got["collectives"]), expected_bytes(config, axes, kind))
 
 
 def joined(counts: Counter, gpu: bool) -> Counter:
@@ -253,33 +183,36 @@ def large_weights(m: cfg.Model) -> int:
     return m.num_layers * layer + TABLES * m.embed_dim * cfg.padded_vocab(m)
 
 
-@needs_tpu
 def test_bytes_of_a_ring_on_tpu():
     """Keys and values n-1 hops in each of three passes, less one that two share; gradients n."""
-    done = run("v5e:2x4", *MODEL, "mesh.context=4", "mesh.data=2")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["collectives"]
-    m = configfile.load(CONFIGS / "llama.yaml", MODEL).model
+    rows = recorded.report("a ring on TPU")["collectives"]
+    m = recorded.SOURCES["a ring on TPU"].config.model
     hop = 2 * (16 // 2) * (512 // 4) * m.num_kv_heads * m.head_dim  # elements of k and v
     want = m.num_layers * hop * (2 * (3 * 3 - 1) + 4 * 4)  # bfloat16, and float32 sums
     assert measured_bytes(rows)["collective-permute", ("context",)] == pytest.approx(want, rel=0.1)
-    once = [row for row in rows if row["axes"] == ["data"] and row["bytes"] > 1000]
+    once = [row for row in rows if row["axes"] == ("data",) and row["bytes"] > 1000]
     assert [row["loops"] for row in once] == [0]
     assert once[0]["bytes"] == pytest.approx(4 * large_weights(m) / 4, rel=0.01)
 
 
-@needs_tpu
 def test_bytes_of_a_pipeline_on_tpu():
     """A hop each way in every tick but the last; gradients cross data once a step."""
-    done = run("v5e:2x4", *MODEL, "mesh.stage=2", "mesh.data=4", "batch.microbatches=4")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["collectives"]
-    m = configfile.load(CONFIGS / "llama.yaml", MODEL).model
+    rows = recorded.report("a pipeline on TPU")["collectives"]
+    m = recorded.SOURCES["a pipeline on TPU"].config.model
     hop, ticks = 2 * (16 // 4 // 4) * 512 * m.embed_dim, 4 + 2 - 1
     assert measured_bytes(rows)["collective-permute", ("stage",)] == hop * (2 * ticks - 1)
-    once = [row for row in rows if row["axes"] == ["data"] and row["bytes"] > 1000]
+    once = [row for row in rows if row["axes"] == ("data",) and row["bytes"] > 1000]
     assert [row["loops"] for row in once] == [0]
     assert once[0]["bytes"] == pytest.approx(4 * large_weights(m) / 2, rel=0.01)
+
+
+needs_tpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="jax-cuda12-plugin is not installed",
+)
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch):
@@ -338,7 +271,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("text", GROUPS)
 def test_groups_in_every_syntax(text):
-    assert traffic.replica_groups(f"%x), channel_id=1, {text}, dimensions={{0}}") == GROUPS[text]
+    assert replica_groups(f"%x), channel_id=1, {text}, dimensions={{0}}") == GROUPS[text]
 
 
 HLO = """HloModule m, num_partitions=4
@@ -389,8 +322,8 @@ ENTRY %main (a: f32[8]) -> (bf16[4], f32[]) {
 
 def test_halves_fusions_and_loops():
     everyone = ((0, 1, 2, 3),)
-    assert traffic.find_collectives(hlo.parse(HLO)) == [
-        traffic.Collective("all-gather", ("f32[8]",), 32, everyone, 1, 5),
-        traffic.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1, 5),
-        traffic.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0, 1),
+    assert xla.find_collectives(xla.parse(HLO)) == [
+        xla.Collective("all-gather", ("f32[8]",), 32, everyone, 1, 5),
+        xla.Collective("reduce-scatter", ("f32[8]",), 8, everyone, 1, 5),
+        xla.Collective("all-reduce", ("bf16[4]", "f32[]"), 12, ((0, 1), (2, 3)), 0, 1),
     ]

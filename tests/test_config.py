@@ -236,7 +236,7 @@ def test_include(base):
         (["mesh.qqqqqq=2"], ["mesh has replica, stage"]),
         (["qqqqqq=2"], ["top-level names are name, steps"]),
         (["model.max_positions=9"], ["key of family gpt2; model.family is llama"]),
-        (["model.family=gtp2"], ["must be one of llama, gpt2", "did you mean gpt2?"]),
+        (["model.family=gtp2"], ["must be one of ", "gpt2, llama, mixtral", "did you mean gpt2?"]),
         (["model.family=[a]"], ["must be text, not a list"]),
         (["mesh=3"], ["mesh=3 must be a mapping"]),
         (["mesh=null"], ["must be a mapping; leave it out"]),
@@ -320,7 +320,10 @@ def test_the_quotes_that_an_error_names_work(base, text):
         (BASE + "? [a]\n: 1\n", ["a key must be a plain word"]),
         (BASE.replace("  mlp_dim: 96\n", ""), ["required and not set: model.mlp_dim"]),
         ("steps: 3\n", ["model.family, model.num_layers", "data.path"]),
-        ("steps: 3\nmodel: {rope_theta: 1}\n", ["set model.family=llama"]),
+        (
+            "steps: 3\nmodel: {rope_theta: 1}\n",
+            ["is a key of family ", "; set model.family=", "llama or mixtral"],
+        ),
         (GPT2 + "include: nowhere.yaml\n", ["f.yaml:14: include: nowhere.yaml", "No such file"]),
         (GPT2 + "include: f.yaml\n", ["cycle: f.yaml -> f.yaml"]),
         (GPT2 + "include: back.yaml\n", ["cycle: f.yaml -> back.yaml -> f.yaml"]),
@@ -405,7 +408,8 @@ def test_schema():
         assert key.field.metadata["doc"], key.name
         assert set(key.field.metadata["changes"]) <= set(CHANGES), key.name
         assert key.field.metadata["doc"] in explain(key.name)
-    assert keys["model.rope_theta"].family == "llama" and keys["model.num_heads"].family == ""
+    assert keys["model.num_heads"].families == ()
+    assert keys["model.rope_theta"].families == tuple(f for f in FAMILIES if f != "gpt2")
     assert set(RULES) | set(STORAGE) <= set(DIMS)
     assert {axis for table in (RULES, STORAGE) for axes in table.values() for axis in axes} <= set(
         AXES
@@ -417,6 +421,10 @@ def test_explain(base):
     text = explain("mesh.tensor", config)
     assert "an integer, default 1" in text and "now: 2" in text and "recompiles" in text
     assert "family gpt2 only" in explain("model.max_positions", config)
+    text = explain("model.rope_theta")  # families have other defaults
+    assert "default 10000.0, family llama only" in text and "or qwen3_moe only" in text
+    assert "default 10000.0, family" in explain("model.rope_theta", config)
+    assert "default false" in explain("model.tie_embeddings")  # not that of one family
     assert "one of adamw" in explain("optimizer.name") and "required" in explain("steps")
     assert "model.biases" in explain("model") and "model.rope_theta" in explain("model")
     assert "default [tensor]" in explain("rules.mlp") and "dimensions" in explain("rules")

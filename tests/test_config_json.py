@@ -8,7 +8,7 @@ import transformers
 
 from jaxlm.config import UserError
 from jaxlm.configfile import model_class
-from jaxlm.interop.hugging_face import read_model
+from jaxlm.interop.read import read_model
 from jaxlm.models import family_module
 
 SHARED = dict(
@@ -53,15 +53,16 @@ def theirs(directory):
         return None
 
 
-def check(tmp_path, family, values, but=()):
+def check(tmp_path, kind, values, but=()):
     """Ours is read as theirs is: the config that it is translated back to is the same to them."""
-    expected = theirs(write(tmp_path, values | dict(model_type=family)))
+    expected = theirs(write(tmp_path, values | dict(model_type=kind)))
     if expected is None:
         with pytest.raises(UserError) as caught:
             read_model(tmp_path)
         return str(caught.value)
-    model = model_class(family)(**read_model(tmp_path)[0])
-    write(tmp_path, family_module(family).to_hugging_face(model))
+    values = read_model(tmp_path)[0]
+    model = model_class(values["family"])(**values)
+    write(tmp_path, family_module(model.family).to_hugging_face(model))
     found = theirs(tmp_path).to_dict()
     for key, value in expected.to_dict().items():
         if key in found and key not in OURS and key not in but:
@@ -70,20 +71,29 @@ def check(tmp_path, family, values, but=()):
     return ""
 
 
+def check_null(tmp_path, kind, values, key):
+    """A key that is null."""
+    message = check(tmp_path, kind, values | {key: None})
+    if message:
+        assert f"{tmp_path}/config.json: {key}=null" in message and "--" not in message
+
+
+def check_missing(tmp_path, kind, values, key):
+    """A key that is not there; the message where it is refused."""
+    return check(tmp_path, kind, {name: value for name, value in values.items() if name != key})
+
+
 CASES = [(family, key) for family, config in CONFIGS.items() for key in config]
 
 
 @pytest.mark.parametrize(("family", "key"), CASES)
 def test_null_is_read_as_transformers_reads_it(family, key, tmp_path):
-    message = check(tmp_path, family, CONFIGS[family] | {key: None})
-    if message:
-        assert f"{tmp_path}/config.json: {key}=null" in message and "--" not in message
+    check_null(tmp_path, family, CONFIGS[family], key)
 
 
 @pytest.mark.parametrize(("family", "key"), CASES)
 def test_a_missing_key_is_read_as_transformers_reads_it(family, key, tmp_path):
-    values = {name: value for name, value in CONFIGS[family].items() if name != key}
-    message = check(tmp_path, family, values)
+    message = check_missing(tmp_path, family, CONFIGS[family], key)
     assert not message or (family, key) == ("gpt2", "n_head")  # its default does not divide n_embd
 
 

@@ -18,8 +18,7 @@ from test_attention import forward_and_gradients, open_layout
 from jaxlm import attention
 from jaxlm.attention import xla
 from jaxlm.sharding import sequence_order
-from jaxlm.xla.collectives import find_collectives
-from jaxlm.xla.hlo import parse
+from jaxlm.xla import find_collectives, parse
 
 VARIANTS = ("ring", "all_gather", "all_to_all")
 LENGTH, WIDTH = 64, 8

@@ -40,7 +40,7 @@ from jaxlm.data.load import (
 from jaxlm.data.pack import FIELDS, evaluation_items, item, pack
 from jaxlm.data.prepare import prepare
 from jaxlm.data.separators import Prompt
-from jaxlm.data.split import read_manifest, verify
+from jaxlm.data.shards import read_manifest, verify
 from jaxlm.data.tokenize import (
     decode,
     encode,
@@ -254,8 +254,8 @@ def test_long_text_is_cut_where_tokens_are(bpe, tmp_path, monkeypatch):
     marking = load_tokenizer_that_marks_starts(tmp_path)
     marked = encode(marking, text)
     trained = train_bpe([text], 300).data
-    monkeypatch.setattr("jaxlm.data.cut.PIECE", 100)
-    monkeypatch.setattr("jaxlm.data.cut.REACHES", (50, 100))
+    monkeypatch.setattr("jaxlm.data.text_cuts.PIECE", 100)
+    monkeypatch.setattr("jaxlm.data.text_cuts.REACHES", (50, 100))
     assert np.array_equal(encode(bpe, text), whole)
     both = encode_batch(bpe, [text, "a", ""])
     assert np.array_equal(both[0], whole) and [len(ids) for ids in both[1:]] == [1, 0]
@@ -549,9 +549,9 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
 
 
 def test_builtin_corpus(tmp_path):
-    start = time.monotonic()
+    start = sum(os.times()[:4])  # of the processors: others may be at work here
     manifest = prepare_corpus("python-stdlib", tmp_path / "corpus", report=quiet)
-    assert time.monotonic() - start < 60
+    assert sum(os.times()[:4]) - start < 60
     held_out = manifest["splits"]["validation"]["bytes"] / manifest["splits"]["train"]["bytes"]
     assert manifest["vocab_size"] == 8192 and 0.01 < held_out < 0.06
     assert "data.corpus=c4" in message(prepare_corpus, "c4", tmp_path / "x")

@@ -22,7 +22,7 @@ from jaxlm.data.load import evaluation_batches
 from jaxlm.data.pack import predicted_bytes
 from jaxlm.data.prepare import prepare
 from jaxlm.data.tokenize import load_tokenizer, make_bytes, make_characters, train_bpe
-from jaxlm.program import make_program
+from jaxlm.program import make_eval_step, make_program
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import create_state
 
@@ -132,7 +132,7 @@ def test_five_bytes_with_two_separators(tmp_path, made):
     with jax.set_mesh(mesh):
         state = create_state(config, layout, optimizer, mesh)
         zeros = {name: 0 * value for name, value in state.params.items()}
-        step = evaluate.make_eval_step(config, structure, layout, {})
+        step = make_eval_step(config, structure, layout, {})
         shardings = batch_shardings(config, layout, mesh)
         for limit in (0, 1):
             batches = evaluation_batches(split, config.batch, shardings, limit)

@@ -1,49 +1,46 @@
 # ruff: noqa: E501 - lines of HLO
 """HLO accounting: exact FLOPs and bytes of programs with known answers, and a test per fact."""
 
-import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import recorded
 from known_programs import K, L, N
-from test_compile import needs_cuda, needs_tpu
 
+from jaxlm import xla
+from jaxlm.attention.compiled import kernel_flops, shown_blocks
 from jaxlm.config import AXES
 from jaxlm.hardware.target import parse_target
-from jaxlm.sharding import Layout
-from jaxlm.xla import account, hlo
-from jaxlm.xla import collectives as traffic
+from jaxlm.plan.compiled import count_traffic, unknown_trips
+from jaxlm.plan.cost import part_of
+from jaxlm.xla import hlo
+from jaxlm.xla.estimates import reification_seconds
 
-TARGETS = [
-    "cpu:8",
-    pytest.param("v5e:2x4", marks=needs_tpu),
-    pytest.param("h100:1x8", marks=needs_cuda),
-]
 DEVICES = 8
+ALONG = dict.fromkeys(AXES, 1) | {"fsdp": DEVICES}
 
 
-@functools.cache
-def modules(target: str) -> dict[str, hlo.Module]:
-    """The known programs, compiled in a process of their own."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    path = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(path / "known_programs.py"), target], capture_output=True, text=True,
-        env=environment | {"PYTHONPATH": str(path.parent), "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    texts = json.loads(done.stdout.splitlines()[-1])
-    return {name: hlo.parse(text) for name, text in texts.items()}
+def known(name: str, target: str) -> xla.Module:
+    """A known program as it was compiled for a target."""
+    return recorded.module(f"known {name}, {target}")
 
 
-def flops(module: hlo.Module) -> float:
-    parts, _, notes = account.count_flops(list(hlo.walk(module)))
-    assert not notes
-    return sum(parts.values())
+class Counted(NamedTuple):
+    """What is counted of FLOPs."""
+
+    parts: dict[str, float]
+    kernels: float
+    notes: list[str]
+
+
+def count(module: xla.Module) -> Counted:
+    return Counted(*xla.count_flops(xla.walk(module), part_of, kernel_flops))
+
+
+def flops(module: xla.Module) -> float:
+    counted = count(module)
+    assert not counted.notes
+    return sum(counted.parts.values())
 
 
 PRODUCT = 2 * N**3
@@ -59,10 +56,10 @@ FLOPS = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", recorded.TARGETS)
 @pytest.mark.parametrize("name", FLOPS)
 def test_flops_are_exact(target, name):
-    found = flops(modules(target)[name])
+    found = flops(known(name, target))
     if name == "remat" and found == 3 * L * PRODUCT:  # tanh' needs tanh alone: it may be kept
         return
     assert found == FLOPS[name]
@@ -76,21 +73,20 @@ BYTES = {  # of results in a run, by kind: every weight gathered, every sum, eve
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", recorded.TARGETS)
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_of_collectives_are_exact(target, name):
     kind, want = BYTES[name]
-    found = traffic.find_collectives(modules(target)[name])
+    found = xla.find_collectives(known(name, target))
     assert {one.kind for one in found} == {kind}
     assert sum(one.bytes * one.times for one in found) == want
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", recorded.TARGETS)
 def test_wire_bytes_by_the_ring_model(target):
-    layout = Layout(tuple((a, DEVICES if a == "fsdp" else 1) for a in AXES), (), ())
     for name, factor in (("fsdp", 7 / 8), ("tensor", 2 * 7 / 8), ("ring", 1), ("experts", 7 / 8)):
-        found = traffic.find_collectives(modules(target)[name])
-        (row,) = traffic.count_traffic(found, layout, parse_target(target), {})
+        found = xla.find_collectives(known(name, target))
+        (row,) = count_traffic(found, ALONG, parse_target(target), {})
         assert row.axes == ("fsdp",) and row.size == DEVICES
         assert row.wire == pytest.approx(factor * BYTES[name][1])
         assert row.network == {"cpu:8": "memory"}.get(target, "links")
@@ -133,7 +129,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 @pytest.mark.parametrize("direction, trips", [("LT", 4), ("LE", 5)])
 def test_trips_from_start_step_and_limit(direction, trips):
     """3, 5, 7, 9 below 11; the limit comes through a tuple and a copy."""
-    (one,) = traffic.find_collectives(program(WHILE.replace("DIRECTION", direction)))
+    (one,) = xla.find_collectives(program(WHILE.replace("DIRECTION", direction)))
     assert (one.loops, one.times) == (1, trips)
 
 
@@ -141,15 +137,14 @@ def test_trips_that_the_compiler_knows():
     text = WHILE.replace(
         ", body=%body", ', body=%body, backend_config={"known_trip_count":{"n":"9"}}'
     )
-    (one,) = traffic.find_collectives(program(text))
+    (one,) = xla.find_collectives(program(text))
     assert one.times == 9
 
 
 def test_unknown_trips_are_said():
     module = program(WHILE.replace("%limit = s32[] constant(11)", "%limit = s32[] partition-id()"))
-    layout = Layout(tuple((a, DEVICES if a == "data" else 1) for a in AXES), (), ())
-    found = account.account(module, layout, parse_target("v5e:2x4"), {})
-    assert any("unknown trips" in note for note in found.notes)
+    (note,) = unknown_trips(list(xla.walk(module)))
+    assert "unknown trips" in note
 
 
 ASYNC = """ENTRY %main (a: f32[8], b: f32[4,4]) -> f32[64] {
@@ -163,7 +158,7 @@ ASYNC = """ENTRY %main (a: f32[8], b: f32[4,4]) -> f32[64] {
 
 @pytest.mark.parametrize("work, blocking", [("dot", False), ("bitcast", True)])
 def test_an_asynchronous_collective_blocks_unless_work_runs_meanwhile(work, blocking):
-    (one,) = traffic.find_collectives(program(ASYNC.replace("WORK", work)))
+    (one,) = xla.find_collectives(program(ASYNC.replace("WORK", work)))
     assert (one.kind, one.bytes, one.blocking) == ("all-gather", 256, blocking)
 
 
@@ -190,7 +185,7 @@ OUT = "bf16[2,4,1024,64]"
 def test_flops_of_attention_kernels(name, result, matmuls):
     """8 x 4 blocks, of which a causal mask shows 1 1 2 2 3 3 4 4."""
     text = KERNEL.replace("NAME", name).replace("RESULT", result)
-    parts, kernels, notes = account.count_flops(list(hlo.walk(program(text))))
+    parts, kernels, notes = count(program(text))
     assert not notes and set(parts) == {"attention/backward"}
     assert kernels == matmuls * 2 * (2 * 4 * 1024 * 1024) * 64 * 20 / 32
 
@@ -200,7 +195,7 @@ def test_each_kernel_has_its_own_window():
     name, out = "splash_mha_fwd_residuals", f"({OUT}, f32[2,4,1024,128])"
     text = KERNEL.replace("NAME", name).replace("RESULT", out)
     text = text.replace("attention/", "attention/window_128/")
-    parts, kernels, _ = account.count_flops(list(hlo.walk(program(text))))
+    parts, kernels, _ = count(program(text))
     first = lambda row: max(0, row * 128 - 127) // 256
     blocks = sum(row * 128 // 256 - first(row) + 1 for row in range(8))
     assert kernels == 2 * 2 * (2 * 4 * 1024 * 1024) * 64 * blocks / 32 and set(parts)
@@ -208,13 +203,13 @@ def test_each_kernel_has_its_own_window():
 
 def test_a_window_hides_blocks_on_both_sides():
     """Of 8 x 8 blocks of 128, rows of a window of 128 see themselves and the one before."""
-    assert account.shown_blocks(8, 8, 1024, 128) == (1 + 7 * 2) / 64
-    assert account.shown_blocks(8, 8, 1024, 0) == 36 / 64
+    assert shown_blocks(8, 8, 1024, 128) == (1 + 7 * 2) / 64
+    assert shown_blocks(8, 8, 1024, 0) == 36 / 64
 
 
 def test_other_kernels_are_named():
     text = KERNEL.replace("NAME", "gather_rows").replace("RESULT", OUT)
-    _, kernels, notes = account.count_flops(list(hlo.walk(program(text))))
+    _, kernels, notes = count(program(text))
     assert kernels == 0 and notes == ["FLOPs of kernel gather_rows are not known"]
 
 
@@ -252,7 +247,7 @@ def test_costs_of_gpu_models_that_are_to_be_trusted():
         "f", "fusion", (), (0,), (), "", ', backend_config={"reification_cost":['
         + ",".join(f'{{"exec_time_us":{time},"name":"{name}"}}' for name, time in rows) + "]}", False,
     )  # fmt: skip
-    seconds = account.reification_seconds
+    seconds = reification_seconds
     assert seconds(cost(("", 9), ("sol", 4))) == pytest.approx(4e-6)
     assert seconds(cost(("sol", 4), ("indexing-cost-model", 7))) == pytest.approx(7e-6)
     assert seconds(cost(("", 9), ("experimental-gemm-cost-model", 3))) == 0
@@ -276,7 +271,7 @@ def test_host_traffic_is_counted_apart():
   ROOT %d = f32[64,8]{1,0:S(5)} dynamic-update-slice-done(%s)
 }"""
     module = program(text)
-    assert account.count_bytes(module, list(hlo.walk(module))) == (32, 32)
+    assert xla.count_bytes(module, xla.walk(module)) == (32, 32)
 
 
 IN_PLACE = """%fused (p0: f32[64,8], p1: f32[8,8], p2: s32[]) -> f32[64,8] {
@@ -307,10 +302,11 @@ ENTRY %main (a: f32[64,8], b: f32[8,8], i: s32[]) -> f32[64,8] {
 def test_an_update_in_place_moves_the_slice_alone(fusion):
     """Also where XLA:GPU starts it early."""
     module = program(IN_PLACE.replace("FUSION", fusion))
-    visits = list(hlo.walk(module))
-    assert account.count_bytes(module, visits) == (32 + 32 + 4, 0)
-    h100 = parse_target("h100:1x8")  # without a cost of its own: bytes over the bandwidth
-    assert account.compute_seconds(module, visits, h100) == pytest.approx(68 / 3352e9)
+    visits = list(xla.walk(module))
+    assert xla.count_bytes(module, visits) == (32 + 32 + 4, 0)
+    chip = xla.Chip("gpu", clock=0, flops=1e15, bandwidth=3e12)
+    # Without a cost of its own: bytes over the bandwidth.
+    assert xla.compute_seconds(module, visits, chip) == pytest.approx(68 / 3e12)
 
 
 def test_parts_and_passes():
@@ -321,7 +317,7 @@ def test_parts_and_passes():
         "jit(s)/jvp()/projections/attention/shard_map/pallas_call": "attention/forward",
         "jit(s)/add": "other/forward",
     }.items():
-        assert account.part(name) == want
+        assert part_of(name) == want
 
 
 def test_places_in_python():

@@ -14,11 +14,12 @@ import transformers
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from jaxlm import interop
 from jaxlm.cli import main
 from jaxlm.config import UserError
-from jaxlm.interop.hugging_face import _run_config, read_model
+from jaxlm.interop.hugging_face import _run_config, import_run
+from jaxlm.interop.read import load_params, read_model
 from jaxlm.interop.safetensors_files import INDEX, SINGLE
+from jaxlm.interop.write import save_params
 from jaxlm.mesh import open_mesh
 from jaxlm.models.llama import to_hugging_face
 from jaxlm.state import init_params, model_structure
@@ -38,7 +39,7 @@ def ours():
 @pytest.fixture
 def source(ours, tmp_path):
     """A directory with the tiny Llama, one file."""
-    interop.save_params(tmp_path / "hf", ours[1], ours[0].model)
+    save_params(tmp_path / "hf", ours[1], ours[0].model)
     return tmp_path / "hf"
 
 
@@ -49,7 +50,7 @@ def load(directory):
     mesh, layout = open_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
         structure = model_structure(config.model, layout)
-        return interop.load_params(directory, structure, layout, mesh)
+        return load_params(directory, structure, layout, mesh)
 
 
 def refused(action, *words):
@@ -74,7 +75,7 @@ def same(arrays, expected):
 
 def test_sharded_files_and_their_index(ours, tmp_path):
     config, params = ours
-    interop.save_params(tmp_path / "hf", params, config.model, shard_bytes=40_000)
+    save_params(tmp_path / "hf", params, config.model, shard_bytes=40_000)
     files = sorted(path.name for path in tmp_path.glob("hf/*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((tmp_path / "hf" / INDEX).read_text())
@@ -89,7 +90,7 @@ def test_sharded_files_and_their_index(ours, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_types_are_rounded_once(dtype, ours, tmp_path):
     config, params = ours
-    interop.save_params(tmp_path / "hf", params, config.model, dtype=dtype)
+    save_params(tmp_path / "hf", params, config.model, dtype=dtype)
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
     narrow = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
     assert about["torch_dtype"] == dtype
@@ -99,7 +100,7 @@ def test_narrow_types_are_rounded_once(dtype, ours, tmp_path):
 
 def test_float16_refuses_what_it_cannot_hold(ours, tmp_path):
     params = ours[1] | {"final_norm.scale": ours[1]["final_norm.scale"] + 1e6}
-    export = lambda: interop.save_params(tmp_path / "hf", params, ours[0].model, dtype="float16")
+    export = lambda: save_params(tmp_path / "hf", params, ours[0].model, dtype="float16")
     refused(export, "model.norm.weight", "bfloat16")
     assert not list(tmp_path.iterdir())
 
@@ -316,7 +317,7 @@ def test_unsupported_configs_name_the_key(case, source):
     values, words = CONFIGS[case]
     edit_json(source / "config.json", **values)
     out = source.parent / "run"
-    refused(lambda: interop.import_run(str(source), str(out), ["mesh.fsdp=8"]), words)
+    refused(lambda: import_run(str(source), str(out), ["mesh.fsdp=8"]), words)
     assert sorted(path.name for path in source.parent.iterdir()) == ["hf"]
 
 
@@ -348,7 +349,7 @@ def test_both_spellings_of_rope(source):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_transformers_lacks_is_not_exported(family, key, ours, tmp_path):
     model = tiny.config(family, f"model.{key}").model
-    export = lambda: interop.save_params(tmp_path / "out", ours[1], model)
+    export = lambda: save_params(tmp_path / "out", ours[1], model)
     refused(export, f"model.{key.partition('=')[0]}")
     assert not list(tmp_path.iterdir())
 
@@ -363,13 +364,13 @@ def test_the_size_of_files_is_checked(size, data, tmp_path, capsys):
 
 def test_an_existing_output_is_refused_and_kept(source, ours):
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    refused(lambda: interop.save_params(source, ours[1], ours[0].model), str(source))
-    refused(lambda: interop.import_run(str(source), str(source), ["mesh.fsdp=8"]), str(source))
+    refused(lambda: save_params(source, ours[1], ours[0].model), str(source))
+    refused(lambda: import_run(str(source), str(source), ["mesh.fsdp=8"]), str(source))
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
     assert sorted(path.name for path in source.parent.iterdir()) == ["hf"]
     empty = source.parent / "empty"
     empty.mkdir()
-    interop.save_params(empty, ours[1], ours[0].model)
+    save_params(empty, ours[1], ours[0].model)
     assert (empty / SINGLE).exists()
 
 

@@ -5,12 +5,14 @@ Every layout, one step at a time, is in test_every_layout.py.
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding
 
 from jaxlm.config import AXES, UserError
-from jaxlm.mesh import _hybrid_grid
+from jaxlm.mesh import _hybrid_grid, open_mesh
 
 LAYOUTS = {
     "one device": (1, []),
@@ -77,3 +79,17 @@ def test_a_dcn_factor_runs_across_granules(granule):
     if granule != "simulated":
         with pytest.raises(UserError, match="mesh.dcn: data=4 is 4, and the devices are in 2 "):
             _hybrid_grid(size({"data": 4, "fsdp": 2}), size({"data": 4}), devices)
+
+
+def test_the_shape_of_an_array_on_one_device():
+    """As jax has it, for weights at rest, activations in use and what axes do not divide."""
+    config = tiny.config("llama", "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2")
+    mesh, layout = open_mesh(config, jax.devices())
+    for spec, shape in (
+        (layout.stored("layers embed mlp"), (2, 32, 64)),
+        (layout.stored("vocab embed"), (384, 32)),
+        (layout.spec("batch residual_seq _"), (8, 32, 32)),
+    ):
+        assert layout.local_shape(spec, shape) == NamedSharding(mesh, spec).shard_shape(shape)
+    assert layout.local_shape("batch residual_seq _", (8, 32, 32)) == (2, 16, 32)
+    assert layout.local_shape("batch seq", (5, 32)) == (2, 32)  # the largest

@@ -1,45 +1,20 @@
-"""The split of a compiled program's peak: exact on snippets, within 2 % of three compilers."""
+"""The peak of a compiled program: exact on snippets, and against what three compilers say."""
 
-import dataclasses
-import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import split_programs
+import recorded
 
-from jaxlm import configfile
-from jaxlm.hardware.target import parse_target
-from jaxlm.program import make_program
-from jaxlm.xla import hlo, replay
-
-TESTS = Path(__file__).parent
-CONFIG = TESTS / "configs" / "llama.yaml"
-needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu")
-needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="no CUDA plugin"
-)
-MODEL = [
-    "model.num_layers=4", "model.embed_dim=256", "model.num_heads=8", "model.num_kv_heads=4",
-    "model.head_dim=64", "model.mlp_dim=512", "model.vocab_size=4096",
-    "batch.sequences=16", "batch.sequence_length=512",
-]  # fmt: skip
-FULL, NONE = "remat.policy=full", "remat.policy=none"
-ON_CPU = {
-    "fsdp, full": ["mesh.fsdp=8", FULL],
-    "data x tensor, none": ["mesh.data=4", "mesh.tensor=2", NONE],
-    "microbatches, gathered once": ["mesh.fsdp=8", "batch.microbatches=2", "gather_at=step", FULL],
-}
+from jaxlm import xla
+from jaxlm.plan.memory_classes import classify
+from jaxlm.xla.live_ranges import FREE
 
 
 def live_bytes(*lines: str, entry: str = "e", head: str = "") -> list[float]:
     """Bytes over time of a module of the given lines."""
     text = "\n".join([f"HloModule m, is_scheduled=true{head}", *lines])
-    return list(replay.simulate(hlo.parse(text)).bytes)
+    return list(xla.simulate(xla.parse(text)).bytes)
 
 
 def test_a_result_may_lie_where_its_operand_was_read_last():
@@ -173,34 +148,53 @@ def test_an_asynchronous_copy_reads_its_operand_until_it_is_done():
     assert max(live_bytes(*lines)) == 4 * 1024
 
 
-def arguments(config, target: str) -> dict[str, int]:
+TRAINED = [n for n, s in recorded.SOURCES.items() if not recorded.is_known(s)]
+ON_CPU = [name for name in TRAINED if recorded.SOURCES[name].target.startswith("cpu")]
+SPLITS_ON_CPU = [name for name in recorded.SPLITS if name in ON_CPU]
+ELSEWHERE = [name for name in recorded.SPLITS if name not in ON_CPU]
+
+
+def arguments(name: str) -> dict[str, int]:
     """Bytes of parameters and of Adam's two moments on one device, from the shardings."""
-    program = make_program(config, parse_target(target).absent_devices())
+    program = recorded.program(name)
     sizes, total = dict(program.layout.axes), 0
-    for name, dims in program.structure.dims.items():
+    for weight, dims in program.structure.dims.items():
         axes = program.layout.stored_axes(dims)
         count = math.prod(sizes[axis] for axis in axes)
-        total += 4 * math.prod(program.structure.shapes[name]) // count
+        total += 4 * math.prod(program.structure.shapes[weight]) // count
     return {"parameters": total, "optimizer": 2 * total}
 
 
-def check(config, target: str, classes: dict[str, float], padded: float = 0.0) -> None:
+def split(name: str):
+    """The classes of memory at the peak of a recorded train step."""
+    program, found = recorded.program(name), recorded.record(name)
+    config = recorded.SOURCES[name].config
+    module = recorded.module(name)
+    return classify(module, found.memory, program.layout, program.structure, config)
+
+
+def check(name: str, padded: float = 0.0, rest: float = 0.02) -> None:
     """All but 2 % is explained, and what the state takes is known exactly."""
+    classes = split(name).classes
     peak = sum(classes.values())
-    assert abs(classes["unexplained"]) < 0.02 * peak, classes
-    for kind, want in arguments(config, target).items():
+    assert abs(classes["unexplained"]) < rest * peak, classes
+    for kind, want in arguments(name).items():
         assert want <= classes[kind] <= want * (1 + padded) + 64, (kind, want, classes)
 
 
 @pytest.mark.parametrize("name", ON_CPU)
+def test_the_peak_on_cpu_is_explained(name):
+    """Where few arrays make the peak, how XLA packs them is up to 5 % of it."""
+    check(name, rest=0.02 if name in recorded.SPLITS else 0.05)
+
+
+@pytest.mark.parametrize("name", SPLITS_ON_CPU)
 def test_split_on_cpu(name):
-    config = configfile.load(CONFIG, [*MODEL, *ON_CPU[name]])
-    found = split_programs.split(config, "cpu:8")
-    check(config, "cpu:8", found.classes)
+    config, found = recorded.SOURCES[name].config, split(name)
     rows = config.batch.sequences // config.batch.microbatches
     count = config.mesh.fsdp if config.mesh.fsdp > 1 else config.mesh.data
     stream = 4 * rows // count * config.batch.sequence_length * config.model.embed_dim
-    if FULL in ON_CPU[name]:
+    if config.remat.policy == "full":
         saved = {kind for kind in found.classes if kind.startswith("saved/")}
         assert found.classes["saved/block input"] == config.model.num_layers * stream, found.classes
         assert saved <= {
@@ -209,39 +203,57 @@ def test_split_on_cpu(name):
     else:
         mlp = stream // config.model.embed_dim * config.model.mlp_dim // 2
         assert found.classes["saved/mlp"] >= 3 * config.model.num_layers * mlp
-    if "gather_at=step" in ON_CPU[name]:  # summed in float32, as large as the weights
-        weights = sum(arguments(dataclasses.replace(config), "cpu:8").values()) / 3 * 8
+    if config.gather_at == "step":  # summed in float32, as large as the weights
+        weights = sum(arguments(name).values()) / 3 * 8
         assert found.classes["gradients"] >= 0.9 * weights
     own = [one for one in found.buffers if one.bytes > 1e6 and one.kind.startswith("saved/")]
     assert own and all(one.source.startswith("jaxlm/") for one in own)
 
 
-def run(target: str, *programs: list[str]) -> list[dict]:
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
-    environment.pop("XLA_FLAGS", None)
-    command = [sys.executable, str(TESTS / "split_programs.py"), target, str(CONFIG)]
-    done = subprocess.run(
-        [*command, *map(json.dumps, programs)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_split_on_devices_that_are_not_here(name):
+    tpu = recorded.SOURCES[name].target == "v5e:2x4"
+    check(name, 0.5 if tpu else 0.0)  # few heads and 64 wide: half a tile is empty
+    found = split(name)
+    assert found.code > 0 or not tpu
+    top = found.buffers[:12]
+    assert {one.name for one in top} & {"embed", "mlp", "attention"}, top
+    assert any(one.source.startswith("jaxlm/") for one in top)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param("v5e:2x4", marks=needs_tpu), pytest.param("h100:1x8", marks=needs_cuda)],
-)
-def test_split_on_devices_that_are_not_here(target):
-    large = [*MODEL, "batch.sequences=64", NONE]  # more than fits into a TPU's VMEM
-    programs = [
-        [*large, "mesh.fsdp=4", "mesh.tensor=2"],
-        [*large, "mesh.stage=2", "mesh.fsdp=4", "batch.microbatches=4"],
-    ]
-    for overrides, found in zip(programs, run(target, *programs), strict=True):
-        config = configfile.load(CONFIG, overrides)
-        padded = 0.5 if target == "v5e:2x4" else 0.0  # few heads and 64 wide: half a tile is empty
-        check(config, target, found["classes"], padded)
-        assert found["code"] > 0 or target != "v5e:2x4"
-        names = {one["name"] for one in found["largest"]}
-        assert names & {"embed", "mlp", "attention"}, found["largest"]
-        assert any(one["source"].startswith("jaxlm/") for one in found["largest"])
+Placed = tuple[xla.Value, int, int]
+
+
+def placed(name: str, liveness: xla.Liveness) -> list[Placed]:
+    """(value, start, end) of what XLA's own buffer assignment lays into the block of temporaries.
+
+    Of results that are new arrays; tables of pointers, which tuples need, are left out.
+    """
+    values: dict[str, list[xla.Value]] = {}
+    for value in liveness.values:
+        values.setdefault(value.instruction.name, []).append(value)
+    found = []
+    for line in recorded.read_text(name, "places").splitlines():
+        instruction, leaf, offset, size = json.loads(line)
+        own = values.get(instruction, [])
+        made = own[0].instruction if own else None
+        if made is None or made.opcode in (*FREE, "while", "parameter", "conditional", "call"):
+            continue
+        if len(own) == len(made.shapes) and (leaf or len(made.shapes) == 1):
+            found.append((own[int(leaf or 0)], offset, offset + size))
+    return found
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_xla_agrees_on_what_is_live_at_the_same_time(name):
+    """Arrays that XLA lays over one another are never live together, and have its sizes."""
+    liveness = xla.simulate(recorded.module(name))
+    rows = placed(name, liveness)
+    assert len(rows) > 100
+    for value, start, end in rows:
+        assert value.bytes == end - start, value.instruction
+    for i, (one, start, end) in enumerate(rows):
+        for other, first, last in rows[:i]:
+            if start < last and first < end and one.chunk != other.chunk:
+                apart = one.start > other.end or other.start > one.end
+                assert apart, (one.instruction, other.instruction)

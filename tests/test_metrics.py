@@ -15,7 +15,8 @@ import tiny
 from jaxlm import configfile, lint, metrics, train
 from jaxlm.attention.xla import visible, visible_pairs
 from jaxlm.config import UserError
-from jaxlm.devices import kind, launcher
+from jaxlm.devices import launcher
+from jaxlm.hardware.chips import kind
 from jaxlm.mesh import open_mesh
 from jaxlm.models import layer_windows, llama
 from jaxlm.plan import estimate
@@ -216,7 +217,7 @@ def test_mfu_is_shown_where_the_peak_is_known(monkeypatch):
     assert "MFU" not in line and "left 5:00" in line and " ends " in line
     flops = metrics.flops_per_token(config.model, structure, 32)
     known = types.SimpleNamespace(bf16_flops=2000.0 * flops)
-    monkeypatch.setattr(metrics.devices, "kind", lambda mesh: known)
+    monkeypatch.setattr(metrics.chips, "kind", lambda mesh: known)
     assert "MFU 50.0%" in metrics.describer(config, structure, mesh)(record)
 
 

@@ -24,8 +24,7 @@ from jaxlm.sharding import batch_shardings
 from jaxlm.state import abstract_state, create_state, init_params, model_structure
 from jaxlm.validate import validate
 from jaxlm.verify import make_batch
-from jaxlm.xla.collectives import find_collectives, mesh_axes
-from jaxlm.xla.hlo import parse
+from jaxlm.xla import find_collectives, mesh_axes, parse
 
 DEEPSEEK = [
     "model.router=sigmoid", "model.balance=bias", "model.balance_coefficient=0.01",
@@ -349,7 +348,8 @@ def test_tokens_travel_there_and_back_and_gradients_of_experts_stay(data):
     program = make_program(config, jax.devices()[:4])
     found = find_collectives(parse(trace_train_step(config, program).lower().compile().as_text()))
     travel = [c for c in found if c.kind == "all-to-all"]
-    assert all(mesh_axes(c.groups, program.layout) == ("expert",) and c.loops for c in travel)
+    axes = program.mesh.shape
+    assert all(mesh_axes(c.groups, axes) == ("expert",) and c.loops for c in travel)
     sizes = [c.bytes for c in travel]
     # Rows there and back, as many in the backward pass, and each time the rows' gates once.
     assert sorted(size // min(sizes) for size in sizes) == [1, 1] + [config.model.embed_dim] * 4

@@ -373,6 +373,39 @@ def test_sides():
     assert not optim.is_matrix("layers experts mlp") and not optim.is_matrix("layers parts embed")
 
 
+def test_matrices_without_embed():
+    """Latent and low-rank projections are matrices; what heads and their width share is a bias."""
+    assert optim.sides("layers rank heads head_dim") == ((0,), (1,), (2, 3))
+    assert optim.sides("layers heads head_dim rank") == ((0,), (1, 2), (3,))
+    assert optim.sides("layers experts rank mlp") == ((0, 1), (2,), (3,))
+    for dims in ("rank heads head_dim", "layers kv_heads head_dim rank", "experts rank mlp"):
+        assert optim.is_matrix(dims) and optim.takes_muon(dims), dims
+    for dims in ("layers heads head_dim", "kv_heads head_dim", "heads norm", "layers", "rank", "_"):
+        assert not optim.is_matrix(dims) and not optim.takes_muon(dims), dims
+    for dims in ("vocab embed", "positions embed", "layers embed experts", "vocab rank"):
+        assert optim.is_matrix(dims) and not optim.takes_muon(dims), dims
+
+
+def test_a_low_rank_matrix_takes_its_rule():
+    """Decay, Muon's momentum and Adafactor's two means of a matrix without `embed`."""
+    dims, x = {"w": "layers rank heads head_dim"}, {"w": jnp.ones((2, 16, 4, 4))}
+    make = lambda name: optim.make_optimizer(
+        config.Optimizer(name=name, learning_rate=0.1), 10, dims
+    )
+    updates, _ = make("adamw").update({"w": 0 * x["w"]}, make("adamw").init(x), x)
+    assert (updates["w"] < 0).all()
+    assert make("muon").init(x)[0].momentum.keys() == {"w"}
+    state = make("adafactor").init(x)[0]
+    assert (state.row["w"].shape, state.column["w"].shape) == ((2, 16), (2, 4, 4))
+
+
+def test_an_unknown_name_has_no_rule():
+    with pytest.raises(KeyError, match="sgd"):
+        optim.make_optimizer(config.Optimizer(name="sgd", learning_rate=0.1), 10, DIMS)
+    with pytest.raises(KeyError, match="step"):
+        optim.schedule(config.Optimizer(schedule="step", learning_rate=0.1), 10)
+
+
 def make_schedule(name: str, steps: int, **changes):
     settings = dict(learning_rate=PEAK, warmup_steps=10, final_fraction=FINAL) | changes
     return jax.jit(optim.schedule(config.Optimizer(schedule=name, **settings), steps))

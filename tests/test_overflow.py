@@ -1,15 +1,16 @@
 """A program that its compiler refuses for its memory: its words, and the plan made of it."""
 
-import importlib.util
 import json
 import re
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
+import recorded
 
 from jaxlm import cli, configfile
-from jaxlm.hardware.target import parse_target
+from jaxlm.hardware.target import Target, parse_target
 from jaxlm.plan import compiled, cost, overflow, page, plan, report
 
 TINY = Path(__file__).parent / "configs" / "llama.yaml"
@@ -69,17 +70,38 @@ def test_other_failures_are_no_refusals(message):
     assert raised.value is error
 
 
-needs_tpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+class Refused:
+    """A train step that the compiler refuses as libtpu did when it was recorded."""
+
+    def lower(self):
+        return self
+
+    def compile(self, options: dict):
+        found = recorded.record(recorded.REFUSED)
+        if folder := (options or {}).get("xla_dump_to"):
+            Path(folder, "m.tpu.after_optimizations.txt").write_text(found.text)
+        raise jax.errors.JaxRuntimeError(found.refusal)
 
 
-@needs_tpu
-def test_a_refused_program_has_a_plan(tmp_path, capsys):
+@pytest.fixture
+def refusing(monkeypatch):
+    """The worker of a plan in this process, without libtpu."""
+
+    def work(path: Path, target: Target, timeout: float):
+        made = compiled.report(configfile.load(path), target.text)
+        return subprocess.CompletedProcess([], 0, json.dumps(made), "")
+
+    monkeypatch.setattr(Target, "devices", Target.absent_devices)
+    monkeypatch.setattr(compiled, "trace_train_step", lambda *_: Refused())
+    monkeypatch.setattr(compiled, "_run_worker", work)
+
+
+def test_a_refused_program_has_a_plan(tmp_path, capsys, refusing):
     """The table, the buffers, --json and --html of what libtpu refuses; kept, with exit code 1."""
+    source = recorded.SOURCES[recorded.REFUSED]
     arguments = [
-        "plan", str(TINY), "target=v5e:2x4", "mesh.fsdp=8", "batch.sequences=40000",
-        "batch.sequence_length=256", f"plan.cache={tmp_path}/cache",
+        "plan", str(recorded.ROOT / source.path), f"target={source.target}", *source.overrides,
+        f"plan.cache={tmp_path}/cache",
     ]  # fmt: skip
     assert cli.main([*arguments, "--json", "--html", f"{tmp_path}/p.html"]) == 1
     found = json.loads(capsys.readouterr().out)

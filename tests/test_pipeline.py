@@ -2,23 +2,24 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
+import local_global
 import numpy as np
 import pytest
 import tiny
 
 from jaxlm import config as cfg
-from jaxlm import evaluate, generate, pipeline
+from jaxlm import generate, pipeline
 from jaxlm.data import load, open_split
-from jaxlm.models import llama
+from jaxlm.models import llama, mixtral
 from jaxlm.plan import compiled as compiler
-from jaxlm.program import loss_and_grads, make_program
-from jaxlm.sharding import batch_shardings, sequence_order
+from jaxlm.program import loss_and_grads, make_eval_step, make_program
+from jaxlm.sharding import batch_shardings, partitions, sequence_order
 from jaxlm.state import create_state
-from jaxlm.xla import account, hlo
-from jaxlm.xla import collectives as traffic
+from jaxlm.xla import find_collectives, matmul_flops, mesh_axes, parse, walk
 
 LAYOUTS = {  # those of test_every_layout.py apart
     "stage=4, M not a multiple": (4, 6, ["mesh.stage=4", "batch.sequences=12"]),
@@ -67,7 +68,7 @@ def measure(config, num_devices, steps):
 def references(data):
     """One device with the same microbatches."""
     return functools.cache(
-        lambda family, *overrides: measure(configure(data, family, *overrides), 1, 10)
+        lambda family, steps, *overrides: measure(configure(data, family, *overrides), 1, steps)
     )
 
 
@@ -93,6 +94,7 @@ def assert_same(found, expected):
 
 
 CASES = [("llama", name) for name in LAYOUTS] + [("gpt2", "repeats")]
+STEPPED = ("repeats", "gathered once a step")  # also through ten steps
 
 
 @pytest.mark.parametrize("family, name", CASES)
@@ -100,8 +102,9 @@ def test_a_pipeline_is_the_same_run(family, name, data, references):
     devices, microbatches, overrides = LAYOUTS[name]
     overrides = [f"batch.microbatches={microbatches}", *overrides]
     plain = [o for o in overrides if not o.startswith(("mesh.", "pipeline.", "gather_at"))]
-    initial, sums, losses = measure(configure(data, family, *overrides), devices, 10)
-    initial_1, sums_1, losses_1 = references(family, *plain)
+    steps = 10 if name in STEPPED else 0
+    initial, sums, losses = measure(configure(data, family, *overrides), devices, steps)
+    initial_1, sums_1, losses_1 = references(family, steps, *plain)
     for array, value in initial_1.items():
         np.testing.assert_array_equal(initial[array], value, err_msg=array)
     assert_same(sums, sums_1)
@@ -205,13 +208,13 @@ def compiled_step(data, devices, *overrides):
 def dot_flops(text: str, keep) -> float:
     """FLOPs of the dots on one device whose sizes `keep` accepts, times the loops around them."""
     total = 0.0
-    for visit in hlo.walk(hlo.parse(text)):
+    for visit in walk(parse(text)):
         dot = visit.instruction
         if dot.opcode == "dot":
             operands = visit.computation.operands(dot)
             sizes = [n for one in (*operands, dot) for n in one.shapes[0].dims]
             assert visit.known
-            total += keep(sizes) * visit.times * account.matmul_flops(dot, visit.computation)
+            total += keep(sizes) * visit.times * matmul_flops(dot, visit.computation)
     return total
 
 
@@ -258,8 +261,9 @@ def test_messages_of_a_pipeline(data):
             data, 8, "mesh.stage=4", "mesh.data=2", f"batch.microbatches={count}",
             f"batch.sequences={2 * count}",
         )  # fmt: skip
-        rows = traffic.find_collectives(hlo.parse(compiled.as_text()))
-        place = lambda one: (one.kind, traffic.mesh_axes(one.groups, layout), one.loops)  # noqa: B023
+        rows = find_collectives(parse(compiled.as_text()))
+        axes = dict(layout.axes)
+        place = lambda one: (one.kind, mesh_axes(one.groups, axes), one.loops)  # noqa: B023
         found[count] = sorted((*place(one), one.shapes) for one in rows)
         permutes = [one for one in rows if one.kind == "collective-permute"]
         # Forward only: 1; both: 2; backward only: 1.
@@ -285,7 +289,7 @@ def test_evaluation_and_generation_on_stages(mesh, data):
         config = configure(data, "llama", "batch.microbatches=4", *overrides)
         program, state, batches = open_run(config, devices)
         with jax.set_mesh(program.mesh):
-            step = evaluate.make_eval_step(config, program.structure, program.layout, {})
+            step = make_eval_step(config, program.structure, program.layout, {})
             rows.append(jax.device_get(step(state.params, state.fixed, batches[0])))
             texts.append(
                 generate.generate_tokens(
@@ -322,13 +326,111 @@ def test_mistakes_are_named(overrides, message, data):
         validate(config, max(config.mesh.stage, 1))
 
 
-def test_groups_of_several_patterns_are_refused(data, monkeypatch):
-    from jaxlm.validate import validate
+def local_and_global(data, *overrides, num_layers=26, locals_per_global=5, **keys):
+    """A pattern with a window, whole patterns on stages and what is left on none."""
+    base = configure(data, "llama", "model.sliding_window=10", *overrides)
+    keys |= dict(num_layers=num_layers, locals_per_global=locals_per_global)
+    return local_global.config(base, **keys)
 
-    monkeypatch.setattr(llama, "groups", lambda config: [((llama.Block,), 2), ((llama.Block,), 6)])
-    config = configure(data, "llama", "mesh.stage=2")
-    with pytest.raises(cfg.UserError, match="mesh.stage=2: model.family=llama has 2 groups"):
-        validate(config, 2)
+
+@pytest.mark.parametrize(
+    "layers, balance, mesh", [((4, 1), "loss", ["pipeline.repeats=2"]), ((1, 2), "bias", [])]
+)
+def test_experts_on_no_stage(layers, balance, mesh, data, monkeypatch):
+    """Losses, metrics and updates of layers after and before those on stages."""
+    monkeypatch.setattr(mixtral, "groups", lambda _: [((mixtral.Block,), n) for n in layers])
+    options = [f"model.num_layers={sum(layers)}", "model.router_z_loss=0.01", "batch.sequences=16"]
+    options += [f"model.balance={balance}", "batch.microbatches=4"]
+    mesh = ["mesh.stage=2", "mesh.expert=2", *mesh]
+    found = [
+        measure(tiny.config("mixtral", f"data.path={data}", *options, *more), devices, 0)
+        for more, devices in ((mesh, 4), ([], 1))
+    ]
+    for name, value in found[1][0].items():
+        np.testing.assert_array_equal(found[0][0][name], value, err_msg=name)
+    assert_same(found[0][1], found[1][1])
+    counts = [name for name in found[0][1][3] if name.startswith("update/")]
+    assert len(counts) == (2 if balance == "bias" else 0)
+
+
+def test_a_pattern_and_a_rest_on_stages(data, monkeypatch):
+    """Gradients, evaluation, generation, and where weights rest."""
+    local_global.register(monkeypatch)
+    found = []
+    mesh = ["mesh.stage=2", "mesh.data=2", "pipeline.repeats=2"]
+    for overrides, devices in (([], 1), (mesh, 4)):
+        config = local_and_global(
+            data, "batch.microbatches=2", *overrides, num_layers=10, locals_per_global=1,
+            dense_layers=1,
+        )  # fmt: skip
+        program, state, batches = open_run(config, devices)
+        with jax.set_mesh(program.mesh):
+            run = lambda s, b: loss_and_grads(config, program.structure, s, b, program.layout)  # noqa: B023
+            step = make_eval_step(config, program.structure, program.layout, {})
+            text = generate.generate_tokens(
+                config, program.structure, program.layout, program.mesh, state.params,
+                [[1, 2, 3], [7]], tokens=8, temperature=1.0,
+            )  # fmt: skip
+            rows = step(state.params, state.fixed, batches[0])
+            found.append((jax.device_get(jax.jit(run)(state, batches[0])), rows, text))
+    for name, place in (("groups.0", (None, "stage", None)), ("groups.1", ("stage", None, None))):
+        assert partitions(jax.typeof(state.params[f"{name}.0.up"]).sharding.spec) == place
+    assert_same(found[1][0], found[0][0])
+    for new, one in zip(found[1][1], found[0][1], strict=True):
+        np.testing.assert_allclose(new, one, rtol=1e-5)
+    assert found[1][2] == found[0][2]
+
+
+def test_layers_on_no_stage_split_rows_over_stages(data, monkeypatch):
+    """And so work as much for each layer as those on stages: 2 rows of 8 on 2 x 2 devices."""
+    local_global.register(monkeypatch)
+    true, seen = local_global.Local.__call__, set()
+
+    def call(self, x_BSD, *rest):
+        seen.add((jax.typeof(x_BSD).sharding.shard_shape(x_BSD.shape)[0], x_BSD.shape[0]))
+        return true(self, x_BSD, *rest)
+
+    monkeypatch.setattr(local_global.Local, "__call__", call)
+    config = local_and_global(data, "mesh.stage=2", "mesh.data=2", num_layers=14)
+    compiler.trace_train_step(config, make_program(config, jax.devices()[:4]))
+    assert seen == {(4, 8), (2, 8)}  # inside vmap over stages, and outside
+
+
+@pytest.mark.parametrize(
+    "layers, overrides, message, works",
+    [
+        (
+            26, ["mesh.stage=3"],
+            "num_layers=26 has 4 repeats of the 6 layers .* not divisible by mesh.stage=3; "
+            "nearest: model.num_layers=20 or 38, or mesh.stage=2 or 4",
+            [(20, ["mesh.stage=3"]), (38, ["mesh.stage=3"]), (26, ["mesh.stage=4"])],
+        ),
+        (
+            34, ["mesh.stage=5", "batch.sequences=12"],
+            "batch.sequences=12 is not divisible by .*mesh.stage=5.*; nearest: batch.sequences=10 "
+            "or 15",
+            [(34, ["mesh.stage=5", "batch.sequences=15"])],
+        ),
+        (48, ["mesh.stage=4", "pipeline.repeats=4"], "8 repeats .* 16 .*; nearest: .*=96,", []),
+    ],
+)  # fmt: skip
+def test_patterns_that_stages_do_not_divide_are_named(
+    layers, overrides, message, works, data, monkeypatch
+):
+    from jaxlm.validate import layout_problems
+
+    local_global.register(monkeypatch)
+    more = ["model.embed_dim=240", "batch.microbatches=1", "batch.sequences=24"]
+
+    def problems(layers, overrides):
+        config = local_and_global(data, *more, *overrides, num_layers=layers)
+        sizes = dict.fromkeys(cfg.AXES, 1) | {"stage": config.mesh.stage}
+        return [p for p in layout_problems(config, sizes) if "vocab_size" not in p]
+
+    first = problems(layers, overrides)[0]
+    assert re.search(message, first), first
+    for fix in works:
+        assert not problems(*fix)
 
 
 def test_the_bubble_is_told(data):
@@ -337,3 +439,9 @@ def test_the_bubble_is_told(data):
     assert "4 stages" in text and "8 microbatches" in text and "bubble 27.3%" in text
     few = dataclasses.replace(config, batch=dataclasses.replace(config.batch, microbatches=2))
     assert "more batch.microbatches" in pipeline.describe(few, 4)
+
+
+def test_layers_on_no_stage_are_told(data, monkeypatch):
+    local_global.register(monkeypatch)
+    text = pipeline.describe(local_and_global(data), 4)
+    assert "4 stages x 1 chunks of 6 layers, 2 layers on no stage" in text

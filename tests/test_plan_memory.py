@@ -1,23 +1,18 @@
 """The analytic peak of memory: exact where it can be, within a tenth of the compilers elsewhere."""
 
 import functools
-import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import pytest
+import recorded
 
 from jaxlm import configfile, optim
 from jaxlm.hardware.target import parse_target
 from jaxlm.mesh import open_mesh
 from jaxlm.plan import memory as analytic
-from jaxlm.program import make_program, trace_train_step
 from jaxlm.state import abstract_state, model_structure
 
 LAYOUTS = Path(__file__).parent.parent / "configs" / "layouts"
@@ -154,55 +149,25 @@ def test_sums_over_devices_are_not_in_place_on_cpu():
     assert "reduction" not in found(load("data"), "h100:1x8")
 
 
-MODEL = [
-    "model.embed_dim=256", "model.head_dim=64", "model.mlp_dim=704", "precision.compute=bfloat16",
-]  # fmt: skip
-CPU = {
-    "data": [],
-    "fsdp": [],
-    "zero2": [],
-    "tensor": [],
-    "context": [],
-    "pipeline": [],
-    "expert": [],
-    "hsdp": [*MODEL, "remat.policy=full", "model.tie_embeddings=false"],
-    "multislice": [*MODEL, "remat.policy=dots"],
-}
+ON_CPU = [name for name, (target, _) in recorded.PEAKS.items() if target == "cpu:8"]
+ELSEWHERE = [name for name in recorded.PEAKS if name not in ON_CPU]
 
 
-@pytest.mark.parametrize("layout", CPU)
-def test_peak_on_cpu(layout):
+@pytest.mark.parametrize("name", ON_CPU)
+def test_peak_on_cpu(name):
     """A program's arguments and temporaries; XLA's own peak leaves out the latter on CPU."""
-    config = load(layout, *CPU[layout])
-    program = make_program(config, jax.devices())
-    found = trace_train_step(config, program).lower().compile().memory_analysis()
-    assert found is not None and found.alias_size_in_bytes > 0.9 * found.output_size_in_bytes
+    found = recorded.record(f"layout {name}").memory
+    assert found.alias_size_in_bytes > 0.9 * found.output_size_in_bytes
     peak = found.argument_size_in_bytes + found.temp_size_in_bytes
+    config = recorded.SOURCES[f"layout {name}"].config
     assert sum(estimate(config, "cpu:8").values()) == pytest.approx(peak, rel=0.1)
 
 
-def needs(module: str):
-    there = importlib.util.find_spec(module) is not None
-    return pytest.mark.skipif(not there, reason=f"needs {module}")
-
-
-ABSENT = {
-    "TPU": pytest.param("v5e:2x4", "fsdp", [], marks=needs("libtpu")),
-    "GPU": pytest.param("h100:1x8", "tensor", [], marks=needs("jax_cuda12_plugin")),
-}
-
-
-@pytest.mark.parametrize("target, layout, overrides", ABSENT.values(), ids=ABSENT)
-def test_peak_on_devices_that_are_not_here(target, layout, overrides):
-    command = [sys.executable, "-m", "jaxlm.plan.compiled", str(LAYOUTS / f"{layout}.yaml")]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run(
-        [*command, "--target", target, *overrides], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    peak = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
-    got = sum(estimate(load(layout, *overrides), target).values())
-    assert got == pytest.approx(peak, rel=0.1)
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_peak_on_devices_that_are_not_here(name):
+    source, found = recorded.SOURCES[f"layout {name}"], recorded.record(f"layout {name}").memory
+    got = sum(estimate(source.config, source.target).values())
+    assert got == pytest.approx(found.peak_memory_in_bytes, rel=0.1)
 
 
 # Peaks of benchmarks/README.md, which take minutes to compile.
@@ -234,7 +199,7 @@ def test_peaks_of_large_models(name):
 
 
 def test_more_of_what_saves_memory_saves_memory():
-    peak = lambda *more: sum(estimate(load("fsdp", *MODEL, *more), "h100:1x8").values())
+    peak = lambda *more: sum(estimate(load("fsdp", *recorded.WIDER, *more), "h100:1x8").values())
     policies = [peak(f"remat.policy={policy}") for policy in ("none", "dots", "full")]
     assert policies == sorted(policies, reverse=True) and len(set(policies)) == 3
     assert peak("batch.microbatches=2") < peak()

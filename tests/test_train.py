@@ -11,11 +11,16 @@ import optax
 import pytest
 import tiny
 
-from jaxlm import evaluate
 from jaxlm.data import load, open_split
 from jaxlm.loss import token_losses
 from jaxlm.models.decoder import logits
-from jaxlm.program import loss_and_grads, make_program, make_train_step, trace_train_step
+from jaxlm.program import (
+    loss_and_grads,
+    make_eval_step,
+    make_program,
+    make_train_step,
+    trace_train_step,
+)
 from jaxlm.sharding import batch_shardings
 from jaxlm.state import create_state
 
@@ -251,7 +256,7 @@ def test_evaluation_holds_no_more_than_a_microbatch(data):
         config = tiny.config("llama", f"data.path={data}", *long)
         mesh, layout, structure, _, state, batch = open_run(config, 1)
         with jax.set_mesh(mesh):
-            step = evaluate.make_eval_step(config, structure, layout, {})
+            step = make_eval_step(config, structure, layout, {})
             compiled = step.lower(state.params, state.fixed, batch).compile()
         bytes_[count] = compiled.memory_analysis().temp_size_in_bytes
     assert bytes_[8] < bytes_[1] / 4

@@ -9,10 +9,11 @@ import local_global
 import pytest
 import tiny
 
-from jaxlm import cli, configfile, optim, pipeline, program, sharding, shrink, verify
+from jaxlm import cli, configfile, optim, program, sharding, shrink, verify
 from jaxlm.attention import ring
 from jaxlm.config import AXES
 from jaxlm.models import experts, layers
+from jaxlm.pipeline import stages
 
 CONFIGS = tiny.CONFIGS.parent.parent / "configs"
 
@@ -122,16 +123,16 @@ def ring_gradient_twice(monkeypatch):
 
 def wrong_stage(monkeypatch):
     """Stages hand their activations to the stage before, not to the one after."""
-    true = pipeline._Run.shift
+    true = stages.Stages.shift
     wrong = lambda self, x, by: true(self, x, -1 if by == 1 else by)
-    monkeypatch.setattr(pipeline._Run, "shift", wrong)
+    monkeypatch.setattr(stages.Stages, "shift", wrong)
 
 
 def wrong_stage_backward(monkeypatch):
     """Stages hand their cotangents to the stage after, not to the one before."""
-    true = pipeline._Run.shift
+    true = stages.Stages.shift
     wrong = lambda self, x, by: true(self, x, 1 if by == -1 else by)
-    monkeypatch.setattr(pipeline._Run, "shift", wrong)
+    monkeypatch.setattr(stages.Stages, "shift", wrong)
 
 
 def stay_at_home(monkeypatch):
@@ -212,6 +213,8 @@ PATTERNS = {  # layers, keys, mesh: layers of the small config, and its groups a
     "many": (48, {}, {"data": 2}, 12, [(6, 2)]),
     "one": (6, {}, {"data": 2}, 6, [(6, 1)]),
     "on stages": (48, {}, {"stage": 4}, 24, [(6, 4)]),
+    "a rest beside stages": (26, {}, {"stage": 2}, 14, [(6, 2), (2, 1)]),
+    "most layers on stages": (50, {"dense_layers": 14}, {"stage": 2}, 38, [(1, 14), (6, 4)]),
     "after dense layers": (27, {"dense_layers": 3}, {"data": 2}, 15, [(1, 3), (6, 2)]),
 }
 
@@ -301,6 +304,14 @@ def test_numbers_of_microbatches_that_are_tried():
     assert other("llama", "batch.microbatches=2", *interleaved) == 4
     assert other("llama", "batch.sequences=1") == 0  # nothing to split
     assert other("mixtral") == 0 and other("mixtral", "model.balance=none") == 2
+
+
+def test_the_gradients_are_one_program(monkeypatch):
+    """For both optimizers, whose states differ; it takes the longest to compile."""
+    true, traced = verify.loss_and_grads, []
+    monkeypatch.setattr(verify, "loss_and_grads", lambda *args: traced.append(args) or true(*args))
+    verify.measure(tiny.config("llama"), False)
+    assert len(traced) == 1
 
 
 def test_the_optimizer_of_the_config_is_compared(monkeypatch):

@@ -16,11 +16,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import attention, configfile
+from jaxlm.attention.compiled import kernel_flops
 from jaxlm.hardware.target import parse_target
 from jaxlm.plan import estimate, traced
-from jaxlm.xla import hlo
-from jaxlm.xla.account import count_flops
-from jaxlm.xla.collectives import find_collectives
+from jaxlm.plan.cost import part_of
+from jaxlm.xla import count_flops, find_collectives, parse, walk
 
 HERE = Path(__file__).parent
 LAYOUTS = HERE.parent / "configs" / "layouts"
@@ -102,8 +102,8 @@ def test_a_step_that_the_planner_has_never_seen():
     target = parse_target("cpu:8")
     found = traced.analyze(traced.read_step(trace, target), sizes, target, {})
     compiled = trace.lower().compile()
-    module, memory = hlo.parse(compiled.as_text()), compiled.memory_analysis()
-    flops = count_flops(list(hlo.walk(module)))[0]
+    module, memory = parse(compiled.as_text()), compiled.memory_analysis()
+    flops = count_flops(walk(module), part_of, kernel_flops)[0]
     assert found.total_flops == pytest.approx(sum(flops.values()), rel=1e-6)
     assert found.total_flops == 4 * (2 * 8 * 128 * 256 * 256 * 6)  # forward twice, and backward
     expected = collections.Counter()

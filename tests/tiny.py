@@ -22,8 +22,11 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def config(family: str, *overrides: str):
-    """A tiny config of a family."""
-    return configfile.load(CONFIGS / f"{family}.yaml", overrides)
+    """A tiny config of a family; Llama's dimensions where it has none of its own."""
+    own = CONFIGS / f"{family}.yaml"
+    if own.exists():
+        return configfile.load(own, overrides)
+    return configfile.load(CONFIGS / "llama.yaml", [f"model.family={family}", *overrides])
 
 
 def make_data(out: Path) -> Path:

@@ -19,9 +19,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import Mesh
 
 from jaxlm import config as cfg
+from jaxlm.attention.compiled import shown_blocks
 from jaxlm.attention.xla import repeat_heads
 from jaxlm.sharding import Layout
-from jaxlm.xla.account import shown_blocks
 
 LANES = 128
 WIDEST = 256  # head_dim whose blocks fit 16 MiB of VMEM in float32
@@ -71,7 +71,7 @@ def attend(
     segments = () if segments_BS is None else (segments_BS,)
     specs = (spec, spec, spec) + (rows,) * len(segments)
     mapped = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
-    with jax.named_scope(f"window_{window}"):  # xla/account.py counts the kernel's FLOPs by it
+    with jax.named_scope(f"window_{window}"):  # compiled.py counts the kernel's FLOPs by it
         return mapped(q_BSHC, k_BTKC, v_BTKC, *segments)
 
 

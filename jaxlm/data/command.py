@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from jaxlm.config import UserError
-from jaxlm.data import pack, prepare, split
+from jaxlm.data import pack, prepare, shards
 from jaxlm.data.tokenize import decode, load_tokenizer
 
 EXAMPLES = """examples:
@@ -122,7 +122,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
 
 def _run_info(args: argparse.Namespace) -> int:
     """Run `jaxlm data info`."""
-    manifest = split.read_manifest(args.path)
+    manifest = shards.read_manifest(args.path)
     tokenizer = load_tokenizer(args.path)
     print(f"vocabulary: {manifest['vocab_size']} tokens, {manifest['dtype']}")
     for role in ("bos", "eos"):
@@ -135,9 +135,9 @@ def _run_info(args: argparse.Namespace) -> int:
             f" {part['bytes']:,} bytes of text, {len(part['shards'])} files"
         )
         if part["tokens"]:
-            split.open_split(args.path, name)
+            shards.open_split(args.path, name)
     if args.verify:
-        split.verify(args.path)
+        shards.verify(args.path)
         print("all files are as they were written")
     return 0
 
@@ -148,7 +148,7 @@ def _run_show(args: argparse.Namespace) -> int:
         if getattr(args, flag) < least:
             name = flag.replace("_", "-")
             raise UserError(f"--{name}={getattr(args, flag)} is below {least}")
-    opened = split.open_split(args.path, args.split)
+    opened = shards.open_split(args.path, args.split)
     if args.split == "train":
         if opened.tokens <= args.sequence_length:
             raise UserError(

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxlm.config import Batch, UserError
 from jaxlm.data.pack import FIELDS, Item, Packed, evaluation_items, item, pack, padding
-from jaxlm.data.split import Split
+from jaxlm.data.shards import Split
 
 STATE_FORMAT = 1
 MAX_STEPS = 1 << 40
@@ -59,7 +59,7 @@ def batches(
 
     def make(place: int) -> Item:
         index = items[place]
-        assert index is not None  # only a filter would make it so
+        assert index is not None  # None only after a filter, and there is none
         return item(packed, int(index))
 
     return _iterate(make, batch, sharding, order, start_step, MAX_STEPS, prefetch)

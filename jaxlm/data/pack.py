@@ -11,7 +11,7 @@ import functools
 import numpy as np
 
 from jaxlm.config import UserError
-from jaxlm.data.split import Split, read_tokens
+from jaxlm.data.shards import Split, read_tokens
 from jaxlm.data.tokenize import load_tokenizer, token_bytes
 
 Item = dict[str, np.ndarray]  # tokens, targets, weights, segments, positions, each of shape (S,)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ from jaxlm.config import UserError
 from jaxlm.data import sources
 from jaxlm.data.files import BadRecord, Tally, add, find_files, in_words, shared
 from jaxlm.data.sources import Document
+from jaxlm.data.staging import staged, write_array, write_file
 from jaxlm.data.tokenize import (
     Tokenizer,
     encode_batch,
@@ -187,14 +185,14 @@ def _write(
     needed: Sequence[str],  # splits that must not be empty
 ) -> dict[str, Any]:
     """Build a dataset beside `out` and move it there when it is whole."""
-    with _staged(out, overwrite) as directory:
+    with staged(out, overwrite) as directory:
         try:
             tokenizer = make()
         except UserError as error:
             words = f"; left out: {in_words(skipped)}" if skipped else ""
             raise UserError(f"{error}{words}") from None
         report(f"tokenizer: {tokenizer.vocab_size} tokens")
-        _write_file(directory / "tokenizer.json", tokenizer.data)
+        write_file(directory / "tokenizer.json", tokenizer.data)
         splits = _write_splits(directory, source, tokenizer, shard_tokens, report, skipped)
         manifest = {
             "format": FORMAT,
@@ -208,7 +206,7 @@ def _write(
         }
         _report_splits(splits, report)
         _refuse_empty(splits, needed, skipped)
-        _write_file(directory / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+        write_file(directory / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
     return manifest
 
 
@@ -311,7 +309,7 @@ def _batched(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[s
     batch, size = [], 0
     for split, document in documents:
         batch.append((split, document))
-        size += len(document.text) + 1  # so that many empty ones are no batch without end
+        size += len(document.text) + 1  # empty ones count too, so that a batch ends
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -349,77 +347,6 @@ def _write_shard(
         "tokens": len(tokens),
         "documents": len(ends),
         "bytes": sum(size for _, size in documents),
-        "sha256": _save(directory / f"{name}.npy", tokens),
-        "documents_sha256": _save(directory / f"{name}.documents.npy", ends),
+        "sha256": write_array(directory / f"{name}.npy", tokens),
+        "documents_sha256": write_array(directory / f"{name}.documents.npy", ends),
     }
-
-
-def _save(file: Path, array: np.ndarray) -> str:
-    """Write an array, flushed to the disk, and return the SHA-256 of the file."""
-    with open(file, "wb+") as handle:
-        np.save(handle, array, allow_pickle=False)
-        handle.flush()
-        os.fsync(handle.fileno())
-        handle.seek(0)
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _write_file(file: Path, data: bytes) -> None:
-    with open(file, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _staged(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling of `out` that takes its place when the block ends well."""
-    final = Path(os.path.realpath(out))
-    unique = f"{os.getpid()}-{secrets.token_hex(4)}"  # several hosts may share the disk
-    temporary = final.with_name(f".{final.name}.preparing-{unique}")
-    old = final.with_name(f".{final.name}.replaced-{unique}")
-    made = [parent for parent in final.parents if not parent.exists()]  # the innermost first
-    try:
-        _check_free(out, overwrite)
-        temporary.mkdir(parents=True)
-        yield temporary
-        _sync_directory(temporary)
-        _check_free(out, overwrite)
-        if overwrite and final.exists():
-            os.rename(final, old)
-        os.rename(temporary, final)
-        _sync_directory(final.parent)
-    except BrokenPipeError:  # of the reader of our output, and not of the disk
-        raise
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
-    finally:  # after Ctrl-C too
-        if old.exists() and not final.exists():
-            os.rename(old, final)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):  # not empty: it holds the dataset
-                parent.rmdir()
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    """Refuse a directory that holds something, but for a dataset that may be overwritten."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a directory that does not exist")
-    if not any(out.iterdir()):
-        return
-    if not (out / "manifest.json").is_file():
-        raise UserError(f"--out={out} is not empty and no dataset; name a new directory")
-    if not overwrite:
-        raise UserError(f"--out={out} holds a dataset; name another, or use --overwrite")

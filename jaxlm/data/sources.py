@@ -124,7 +124,7 @@ def _find(record: dict[str, Any], name: str) -> Any:
 
 
 def _json(file: File, text_field: str, on_bad: OnBad) -> Iterator[Document]:
-    """Documents of JSON lines, or of a JSON array or objects that spread over lines."""
+    """Documents of JSON lines, of a JSON array, or of objects that take several lines."""
     chunks, head = read_utf8(file), b""
     while b"\n" not in head.lstrip() and len(head) < HEAD and (chunk := next(chunks, b"")):
         head += chunk
@@ -140,7 +140,7 @@ def _json(file: File, text_field: str, on_bad: OnBad) -> Iterator[Document]:
 
 
 def _spread(head: bytes) -> bool:
-    """Whether a JSON file that begins like this is no JSON lines.
+    """Whether a JSON file that begins like this is something else than JSON lines.
 
     It holds an array, an object of several lines, or several objects on a line.
     """

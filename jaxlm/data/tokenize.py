@@ -17,22 +17,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Engine
 
-# Set in words, so that the library does not warn when a process that used threads forks.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from tokenizers import Tokenizer as Engine  # noqa: E402
-
-from jaxlm.config import UserError  # noqa: E402
-from jaxlm.data import cut, separators  # noqa: E402
-from jaxlm.data.separators import END_OF_TEXT, Separators  # noqa: E402
+from jaxlm.config import UserError
+from jaxlm.data import separators, text_cuts
+from jaxlm.data.separators import END_OF_TEXT, Separators
 
 logger = logging.getLogger("jaxlm")
 
+# If this is not set, the library warns when a process that has used its threads forks.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
 BYTES = 256
-PIECES = 8  # of a long text, encoded at once
-LONG = 16  # pieces, in one, that are worth a warning
+PIECES = 8  # of a long text that are encoded together
+LONG = 16  # pieces without a cut between them: worth a warning
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,9 +66,10 @@ def _tokenizer(engine: Engine, data: bytes, around: Separators) -> Tokenizer:
 
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Encode texts in threads, without separators, into uint32 arrays."""
-    short = iter(_encode(tokenizer, [text for text in texts if len(text) <= cut.PIECE]))
+    short = iter(_encode(tokenizer, [text for text in texts if len(text) <= text_cuts.PIECE]))
     return [
-        next(short) if len(text) <= cut.PIECE else _encode_long(tokenizer, text) for text in texts
+        next(short) if len(text) <= text_cuts.PIECE else _encode_long(tokenizer, text)
+        for text in texts
     ]
 
 
@@ -95,14 +95,14 @@ def _encode_long(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[tuple[cut.Cut, cut.Cut]]:
+def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[tuple[text_cuts.Cut, text_cuts.Cut]]:
     """The cuts where each piece of a long text begins and ends."""
     nothing = np.zeros(0, np.uint32)
-    begin = cut.Cut(0, 0, 0, nothing, nothing)
-    last = cut.Cut(len(text), len(text), len(text), nothing, nothing)
-    cuts = cut.find_cuts(tokenizer.engine, text, _joined(tokenizer))
+    begin = text_cuts.Cut(0, 0, 0, nothing, nothing)
+    last = text_cuts.Cut(len(text), len(text), len(text), nothing, nothing)
+    cuts = text_cuts.find_cuts(tokenizer.engine, text, _joined(tokenizer))
     for end in itertools.chain(cuts, [last]):
-        if end.place - begin.place > LONG * cut.PIECE:
+        if end.place - begin.place > LONG * text_cuts.PIECE:
             logger.warning(
                 "%d characters are encoded at once, since their tokenizer gives no sure place for"
                 " a cut: this takes over 100 bytes of memory for each token",
@@ -114,7 +114,7 @@ def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[tuple[cut.Cut, cut.Cut]
 
 @functools.lru_cache(maxsize=1)
 def _joined(tokenizer: Tokenizer) -> frozenset[str] | None:
-    return cut.joined_characters(tokenizer.engine)
+    return text_cuts.joined_characters(tokenizer.engine)
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -217,7 +217,7 @@ def _words(texts: Iterable[str]) -> Iterator[str]:
     engine = make_bytes().engine  # of the same words as the tokenizer that is learnt
     for text in texts:
         start = 0
-        for each in cut.find_cuts(engine, text, None):
+        for each in text_cuts.find_cuts(engine, text, None):
             yield text[start : each.place]
             start = each.place
         yield text[start:]

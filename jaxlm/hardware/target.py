@@ -20,8 +20,9 @@ import jax
 from jax.experimental import topologies
 
 from jaxlm import config as cfg
-from jaxlm import devices as device_facts
+from jaxlm import devices as here
 from jaxlm import extras
+from jaxlm.hardware import chips
 
 # Name in a target -> the device kind that jax reports.
 TPUS = {
@@ -113,9 +114,9 @@ class Target:
         return GPUS[self.name].name if self.platform == "gpu" else "cpu"
 
     @property
-    def kind(self) -> device_facts.Kind:
+    def kind(self) -> chips.Kind:
         """Facts about the chip."""
-        return device_facts.find_kind(self.device_kind)
+        return chips.find_kind(self.device_kind)
 
     def absent_devices(self) -> list[AbsentDevice]:
         """One stand-in for each device, in the order of the real ones."""
@@ -149,7 +150,7 @@ class Target:
     def devices(self) -> list:
         """The devices of the compiler's plugin; UserError names the extra where it is missing."""
         if self.platform != "gpu":  # its compiler is the CUDA plugin
-            device_facts.leave_out_absent()
+            here.leave_out_absent()
         jax.config.update("jax_platforms", "cpu")
         if self.platform == "tpu":
             return _tpu_devices(self)
@@ -196,7 +197,7 @@ def local_target(devices: list) -> Target:
             f"target=local: there is no description of {kind!r} here; known: "
             f"{', '.join([*TPUS, *GPUS])}, cpu"
         )
-    rank = device_facts.find_kind(kind).torus
+    rank = chips.find_kind(kind).torus
     sides = [len(set(values)) for values in zip(*(d.coords for d in devices), strict=True)]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     shape = "x".join(map(str, sides[:rank]))
@@ -204,7 +205,7 @@ def local_target(devices: list) -> Target:
 
 
 def _tpu_target(text: str, name: str, sizes: tuple[int, ...], slices: int) -> Target:
-    rank = device_facts.find_kind(TPUS[name]).torus
+    rank = chips.find_kind(TPUS[name]).torus
     shape = "x".join(map(str, sizes))
     cubes = rank == 3 and len(sizes) == 3 and all(n and n % 4 == 0 for n in sizes)
     if not slices or not (shape in SLICES[rank] or cubes):

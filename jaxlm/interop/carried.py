@@ -35,7 +35,7 @@ LIMIT = 1 << 26  # bytes of one file
 # struck out, as one of them is written anew.
 NOT_CARRIED = ("_name_or_path", "auto_map", "quantization_config", "dtype", "torch_dtype")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
-ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+ROPE = "rope_"  # what the keys of rotary positions start with, in all their spellings
 
 
 def keep(source: Path, run_dir: Path, names: tuple[str, ...] = ()) -> None:
@@ -83,7 +83,7 @@ def take_along(config: cfg.Config, tokenizer: Tokenizer) -> None:
     if kept is None:
         return
     about = read_json(kept, CONFIG)
-    if about.get("model_type") != config.model.family:
+    if about.get("model_type") not in family_module(config.model.family).MODEL_TYPES:
         logger.warning(
             "checkpoint.start_from: %s is not carried along: model_type=%s there, and "
             "model.family=%s here", kept, about.get("model_type"), config.model.family,
@@ -146,7 +146,7 @@ def positions(config: cfg.Config) -> int:
     if kept is None and config.checkpoint.start_from:
         kept = find(config.checkpoint.start_from)
     longest = read_json(kept, CONFIG).get("max_position_embeddings") if kept else None
-    learned = family_module(config.model.family).learned_positions(config.model)
+    learned = config.model.learned_positions
     return longest if isinstance(longest, int) and not learned else 0
 
 
@@ -223,9 +223,9 @@ def _merge(
     before = type(model)(**family.from_hugging_face(kept))
     before = family.to_hugging_face(before, ours.get("max_position_embeddings", 0))
     changed = {key: value for key, value in ours.items() if before.get(key, ...) != value}
-    if changed.keys() & set(ROPE):
-        kept = {key: value for key, value in kept.items() if key not in ROPE}
-        changed |= {key: ours[key] for key in ROPE if key in ours}
-    if isinstance(longest, int) and not family.learned_positions(model):
+    if any(key.startswith(ROPE) for key in changed):
+        kept = {key: value for key, value in kept.items() if not key.startswith(ROPE)}
+        changed |= {key: value for key, value in ours.items() if key.startswith(ROPE)}
+    if isinstance(longest, int) and not model.learned_positions:
         changed["max_position_embeddings"] = max(longest, trained_length)
     return kept | changed | {key: ours[key] for key in ("architectures", "torch_dtype")}

@@ -35,6 +35,16 @@ def read(
     return values
 
 
+def layer_types(hf: Mapping[str, Any], number: int) -> list[str] | None:
+    """The kind of each of so many layers; None where the key is missing or null."""
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != number:
+        raise UserError(f"layer_types={json.dumps(kinds)} is no list of {number} kinds of layers")
+    return kinds
+
+
 def has_type(value: Any, kind: type) -> bool:
     """Whether a JSON value is of this type; an integer is a number too, and true is neither."""
     if isinstance(value, bool):

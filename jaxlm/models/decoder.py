@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import reshard
 
 from jaxlm import config as cfg
-from jaxlm.models import family_module
+from jaxlm.models import family_module, staged_group
 from jaxlm.models.layers import normal
 from jaxlm.sharding import PRODUCT, SUMMED, Layout, wide_einsum
 
@@ -29,15 +29,18 @@ class Decoder(nnx.Module):
         init = lambda k: normal(k, config.init_std)
         self.config = nnx.static(config)
         self.embed = layout.param(init(keys[0]), table, "vocab embed")
-        length = family.learned_positions(config)
+        length = config.learned_positions
         shape = (length, config.embed_dim)
         self.positions = layout.param(init(keys[1]), shape, "positions embed") if length else None
+        homes = {staged_group(config): layout}
+        beside = layout.beside_stages() if layout.size("layers") > 1 else layout
         self.groups = nnx.List(
             nnx.List(
-                _stack(block, config, layout, jax.random.fold_in(keys[2], 1000 * i + j), repeats)
+                _stack(block, config, home, jax.random.fold_in(keys[2], 1000 * i + j), repeats)
                 for j, block in enumerate(pattern)
             )
             for i, (pattern, repeats) in enumerate(family.groups(config))
+            for home in [homes.get(i, beside)]
         )
         self.final_norm = family.Norm(config, layout)
         tied = config.tie_embeddings
@@ -61,6 +64,8 @@ class Decoder(nnx.Module):
     def embed_tokens(self, tokens_BS, positions_BS, layout: Layout) -> jax.Array:
         """The residual stream [B, S, D] that enters the first block."""
         x_BSD = layout.take(layout.gather(self.embed), tokens_BS, "batch seq _")
+        if self.config.embedding_scale != 1:
+            x_BSD *= jnp.asarray(self.config.embedding_scale, x_BSD.dtype)
         if self.positions is not None:
             x_BSD += layout.take(layout.gather(self.positions), positions_BS, "batch seq _")
         return layout.move(x_BSD, "batch residual_seq _")
@@ -77,7 +82,8 @@ class Decoder(nnx.Module):
 def _stack(block: type, config: cfg.Model, layout: Layout, key: jax.Array, repeats: int):
     """A block's repeats, stacked; each is made where it will live."""
     keys = reshard(jax.random.split(key, repeats), layout.spec("layers"))
-    return jax.vmap(lambda key: block(config, layout.without("stage"), key))(keys)
+    inside = layout.without("stage") if layout.size("layers") > 1 else layout
+    return jax.vmap(lambda key: block(config, inside, key))(keys)
 
 
 def run_group(blocks: list, x_BSD, table, positions_BS, segments_BS, layout: Layout, cache):
@@ -116,6 +122,8 @@ def rematerialize(body, remat: cfg.Remat):
         )
     elif remat.policy == "names":
         policy = policies.save_only_these_names(*remat.names)
+    else:
+        assert remat.policy == "full", remat.policy
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm import attention
 from jaxlm import config as cfg
 from jaxlm.models import config_json
-from jaxlm.models.layers import LayerNorm, RMSNorm, constant, normal
+from jaxlm.models.layers import LayerNorm, RMSNorm, SelfAttention, constant, normal
 from jaxlm.sharding import Layout
 
 Norm = LayerNorm
@@ -27,20 +27,40 @@ class Config(cfg.Model):
         "learned positions: the longest sequence, tokens",
         minimum=1,
         changes="recompiles checkpoint numbers",
+        dim="positions",
     )
     biases: bool = cfg.key(
         True, "biases in projections and norms", changes="recompiles checkpoint numbers"
     )
 
+    @property
+    def learned_positions(self) -> int:
+        """Length of the learned position table."""
+        return self.max_positions
+
+
+def check(config: cfg.Config) -> None:
+    """Raise UserError for a config that GPT-2 cannot be."""
+    model = config.model
+    assert isinstance(model, Config)
+    if model.num_kv_heads != model.num_heads:
+        raise cfg.UserError(
+            f"model.num_kv_heads={model.num_kv_heads}: gpt2 has no grouped heads; "
+            f"use model.num_kv_heads={model.num_heads} (model.num_heads)"
+        )
+    lengths = {"batch.sequence_length": config.batch.sequence_length}
+    lengths |= {"sample.tokens": config.sample.tokens} if config.sample.every else {}
+    for name, length in lengths.items():
+        if length > model.max_positions:
+            raise cfg.UserError(
+                f"{name}={length} is above model.max_positions={model.max_positions}; "
+                f"use {name}={model.max_positions} or model.max_positions={length}"
+            )
+
 
 def groups(config: Config) -> list[tuple[tuple[type, ...], int]]:
     """Layers as (pattern of blocks, repeats)."""
     return [((Block,), config.num_layers)]
-
-
-def learned_positions(config: Config) -> int:
-    """Length of the learned position table."""
-    return config.max_positions
 
 
 def encode_positions(config: Config, positions_BS: jax.Array):
@@ -55,6 +75,8 @@ class Block(nnx.Module):
     def window(config: Config) -> int:
         """Tokens that a query of this block sees, itself included; 0: all before it."""
         return config.sliding_window
+
+    cache = staticmethod(SelfAttention.cache)  # keys and values of each token
 
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
         c, keys = config, jax.random.split(key, 4)
@@ -104,6 +126,7 @@ class Block(nnx.Module):
 
 # Hugging Face (see jaxlm/interop): our layer as letters -> their tensor's dimensions, and its
 # name. Letters: the legend above, v vocab, p positions, z parts. Their weights are [in, out].
+MODEL_TYPES = ("gpt2",)
 PREFIX = "transformer."  # of every tensor but the head; files of the bare model lack it
 IGNORED = ("*.attn.bias", "*.attn.masked_bias")  # causal masks, in old files
 _LAYER = "transformer.h.{layer}."
@@ -113,18 +136,18 @@ NAMES: dict[str, tuple[str, str]] = {
     "final_norm.scale": ("d->d", "transformer.ln_f.weight"),
     "final_norm.bias": ("d->d", "transformer.ln_f.bias"),
     "head": ("vd->vd", "lm_head.weight"),
-    "groups.0.0.attention_norm.scale": ("d->d", _LAYER + "ln_1.weight"),
-    "groups.0.0.attention_norm.bias": ("d->d", _LAYER + "ln_1.bias"),
-    "groups.0.0.qkv": ("zdhc->d(zhc)", _LAYER + "attn.c_attn.weight"),
-    "groups.0.0.qkv_bias": ("zhc->(zhc)", _LAYER + "attn.c_attn.bias"),
-    "groups.0.0.o": ("hcd->(hc)d", _LAYER + "attn.c_proj.weight"),
-    "groups.0.0.o_bias": ("d->d", _LAYER + "attn.c_proj.bias"),
-    "groups.0.0.mlp_norm.scale": ("d->d", _LAYER + "ln_2.weight"),
-    "groups.0.0.mlp_norm.bias": ("d->d", _LAYER + "ln_2.bias"),
-    "groups.0.0.up": ("df->df", _LAYER + "mlp.c_fc.weight"),
-    "groups.0.0.up_bias": ("f->f", _LAYER + "mlp.c_fc.bias"),
-    "groups.0.0.down": ("fd->fd", _LAYER + "mlp.c_proj.weight"),
-    "groups.0.0.down_bias": ("d->d", _LAYER + "mlp.c_proj.bias"),
+    "block.attention_norm.scale": ("d->d", _LAYER + "ln_1.weight"),
+    "block.attention_norm.bias": ("d->d", _LAYER + "ln_1.bias"),
+    "block.qkv": ("zdhc->d(zhc)", _LAYER + "attn.c_attn.weight"),
+    "block.qkv_bias": ("zhc->(zhc)", _LAYER + "attn.c_attn.bias"),
+    "block.o": ("hcd->(hc)d", _LAYER + "attn.c_proj.weight"),
+    "block.o_bias": ("d->d", _LAYER + "attn.c_proj.bias"),
+    "block.mlp_norm.scale": ("d->d", _LAYER + "ln_2.weight"),
+    "block.mlp_norm.bias": ("d->d", _LAYER + "ln_2.bias"),
+    "block.up": ("df->df", _LAYER + "mlp.c_fc.weight"),
+    "block.up_bias": ("f->f", _LAYER + "mlp.c_fc.bias"),
+    "block.down": ("fd->fd", _LAYER + "mlp.c_proj.weight"),
+    "block.down_bias": ("d->d", _LAYER + "mlp.c_proj.bias"),
 }
 _REFUSED = dict(  # what works, which is the default of transformers too
     scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False,

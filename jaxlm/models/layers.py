@@ -1,4 +1,4 @@
-"""Norms, initialisers, rotary positions, self-attention: the pieces that families share.
+"""Norms, initialisers, rotary positions, attention, gated MLP: the pieces that families share.
 
 Shapes: B batch, S sequence, D embed, H query heads, K kv heads, C head_dim.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import attention
+from jaxlm import config as cfg
+from jaxlm.attention.xla import CACHE
 from jaxlm.sharding import Layout, wide
+
+# What a block keeps of each token for generation: the dimensions of each array, of which the first
+# two are cache_batch and cache_seq, and the sizes of the others.
+Cache = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def normal(key: jax.Array, std: float):
@@ -49,16 +56,26 @@ def constant(value: float):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, computed in float32 (arXiv:1910.07467)."""
+    """x / rms(x) * (offset + scale), computed in float32 (arXiv:1910.07467); at first * 1.
 
-    def __init__(self, config, layout: Layout, size: int = 0, over: str = "batch residual_seq"):
-        self.epsilon = config.norm_epsilon
-        self.scale = layout.param(constant(1.0), (size or config.embed_dim,), "norm", over)
+    With an offset of 1 (Gemma) the scale is kept as the file has it: 1 + w would lose bits of w.
+    """
+
+    def __init__(
+        self, config, layout: Layout, size: int = 0, over: str = "batch residual_seq",
+        offset: float = 0.0,
+    ):  # fmt: skip
+        self.epsilon, self.offset = config.norm_epsilon, offset
+        init = constant(1.0 - offset)
+        self.scale = layout.param(init, (size or config.embed_dim,), "norm", over)
 
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
         x32 = x.astype(wide(x.dtype))
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.epsilon)
-        return _scale(x32, layout.gather(self.scale)).astype(x.dtype)
+        scale = layout.gather(self.scale)
+        if self.offset:
+            scale = self.offset + scale.astype(x32.dtype)
+        return _scale(x32, scale).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -101,30 +118,49 @@ def rotate(x_BSHC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention (arXiv:2305.13245) with rotary positions, and its projections."""
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions, and its projections.
 
-    def __init__(self, config, layout: Layout, keys: jax.Array, window: int):
+    `norm` is that of queries and keys, per head, or None; `biases` are those of queries, keys and
+    values; `query_scale` multiplies queries, beyond the 1 / sqrt(C) of every backend.
+    """
+
+    def __init__(
+        self, config, layout: Layout, keys: jax.Array, *, window: int, softcap: float = 0.0,
+        norm: Callable | None = None, biases: bool = False, query_scale: float = 1.0,
+    ):  # fmt: skip
         c = config
         std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
         D, H, K, C = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        self.softcap, self.window = c.attention_softcap, window
+        self.softcap, self.window, self.query_scale = softcap, window, query_scale
         self.q = layout.param(normal(keys[0], std), (D, H, C), "embed heads head_dim")
         self.k = layout.param(normal(keys[1], std), (D, K, C), "embed kv_heads head_dim")
         self.v = layout.param(normal(keys[2], std), (D, K, C), "embed kv_heads head_dim")
         self.o = layout.param(normal(keys[3], std_out), (H, C, D), "heads head_dim embed")
-        head_norm = lambda over: RMSNorm(c, layout, C, over) if c.qk_norm else None
-        self.q_norm, self.k_norm = head_norm("batch seq heads"), head_norm("batch seq kv_heads")
+        bias = lambda *shape_dims: layout.param(constant(0.0), *shape_dims) if biases else None
+        self.q_bias = bias((H, C), "heads head_dim")
+        self.k_bias, self.v_bias = (bias((K, C), "kv_heads head_dim") for _ in "kv")
+        self.q_norm = norm(c, layout, C, "batch seq heads") if norm else None
+        self.k_norm = norm(c, layout, C, "batch seq kv_heads") if norm else None
+
+    @staticmethod
+    def cache(config) -> Cache:
+        """Keys and values of each token."""
+        shape = (config.num_kv_heads, config.head_dim)
+        return ((CACHE, shape), (CACHE, shape))
 
     @jax.named_scope("projections")
     def __call__(self, x_BSD, table, segments_BS, layout: Layout, cache=None):
         """What attention adds to the residual stream, of its normalised copy; and the cache."""
         s, w = layout, layout.gather
         x_BSD = s.move(x_BSD, "batch seq _", over="kv_heads")
-        q_BSHC = s.dot("bsd,dhc->bshc", x_BSD, w(self.q))
-        k_BSKC = s.dot("bsd,dkc->bskc", x_BSD, w(self.k))
-        v_BSKC = s.dot("bsd,dkc->bskc", x_BSD, w(self.v))
+        add = lambda y, bias: y if bias is None else s.add_bias("bs,hc->bshc", y, w(bias))
+        q_BSHC = add(s.dot("bsd,dhc->bshc", x_BSD, w(self.q)), self.q_bias)
+        k_BSKC = add(s.dot("bsd,dkc->bskc", x_BSD, w(self.k)), self.k_bias)
+        v_BSKC = add(s.dot("bsd,dkc->bskc", x_BSD, w(self.v)), self.v_bias)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSKC = self.q_norm(q_BSHC, s), self.k_norm(k_BSKC, s)
+        if self.query_scale != 1:
+            q_BSHC = q_BSHC * self.query_scale
         q_BSHC = checkpoint_name(rotate(q_BSHC, table), "query")
         k_BSKC = checkpoint_name(rotate(k_BSKC, table), "key")
         v_BSKC = checkpoint_name(v_BSKC, "value")
@@ -132,6 +168,54 @@ class SelfAttention(nnx.Module):
             q_BSHC, k_BSKC, v_BSKC, segments_BS, layout, self.softcap, self.window, cache
         )
         return s.dot("bshc,hcd->bsd", a_BSHC, w(self.o), out="batch residual_seq _"), cache
+
+
+def gated_weights(config, layout: Layout, keys: jax.Array, width: int) -> tuple[nnx.Param, ...]:
+    """The weights (gate, up, down) of a gated MLP of this width."""
+    c, D = config, config.embed_dim
+    std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
+    return (
+        layout.param(normal(keys[0], std), (D, width), "embed mlp"),
+        layout.param(normal(keys[1], std), (D, width), "embed mlp"),
+        layout.param(normal(keys[2], std_out), (width, D), "mlp embed"),
+    )
+
+
+@jax.named_scope("mlp")
+def gated_mlp(x_BSD, weights, layout: Layout, activation=jax.nn.silu) -> jax.Array:
+    """What a gated MLP (arXiv:2002.05202) adds to the residual stream."""
+    s, (gate, up, down) = layout, (layout.gather(weight) for weight in weights)
+    x_BSD = s.move(x_BSD, "batch seq _", over="mlp")
+    gate_BSF = checkpoint_name(s.dot("bsd,df->bsf", x_BSD, gate), "mlp")
+    up_BSF = checkpoint_name(s.dot("bsd,df->bsf", x_BSD, up), "mlp")
+    return s.dot("bsf,fd->bsd", activation(gate_BSF) * up_BSF, down, out="batch residual_seq _")
+
+
+class GatedMLP(nnx.Module):
+    """A gated MLP that has its weights (Llama's block has them itself: its checkpoints do)."""
+
+    def __init__(self, config, layout: Layout, keys: jax.Array, width: int, activation=jax.nn.silu):
+        self.gate, self.up, self.down = gated_weights(config, layout, keys, width)
+        self.activation = activation
+
+    def __call__(self, x_BSD, layout: Layout) -> jax.Array:
+        return gated_mlp(x_BSD, (self.gate, self.up, self.down), layout, self.activation)
+
+
+def check_rotary(model: cfg.Model, *keys: str) -> None:
+    """Raise UserError where heads cannot be rotated; `keys` of the model must be above 0."""
+    if model.head_dim % 2:
+        near = " or ".join(str(n) for n in (model.head_dim - 1, model.head_dim + 1) if n)
+        raise cfg.UserError(f"model.head_dim={model.head_dim} must be even to rotate; use {near}")
+    for key in keys:
+        if getattr(model, key) <= 0:
+            raise cfg.UserError(f"model.{key}={getattr(model, key)} must be above 0")
+
+
+def rotary_positions(positions_BS: jax.Array, head_dim: int, theta: float, factor: float = 1.0):
+    """The rotary table of these positions; `factor` stretches every wavelength."""
+    frequencies = np.array(rotary_frequencies(head_dim, theta)) / factor
+    return rotary_table(positions_BS, jnp.asarray(frequencies, jnp.float32))
 
 
 @functools.lru_cache

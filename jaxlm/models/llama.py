@@ -6,19 +6,21 @@ Shapes: B batch, S sequence, D embed, H query heads, K kv heads, C head_dim, F m
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import config as cfg
 from jaxlm.models import config_json
 from jaxlm.models.layers import (
     RMSNorm,
     SelfAttention,
-    normal,
+    check_rotary,
+    gated_mlp,
+    gated_weights,
     rotary_frequencies,
     rotary_table,
     stretch_llama3,
@@ -51,15 +53,28 @@ class Config(cfg.Model):
         8192, "llama3: context of the first training, tokens", changes=COMMON
     )
 
+    def shrunk(self, small: dict[str, Any], length: int) -> dict[str, Any]:
+        """Wavelengths are still stretched."""
+        return {"rope_original_length": min(self.rope_original_length, length)}
+
+
+def check(config: cfg.Config) -> None:
+    """Raise UserError for a config that Llama cannot be."""
+    model = config.model
+    assert isinstance(model, Config)
+    names = ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_length")
+    names = tuple(f"rope_{name}" for name in names)
+    check_rotary(model, *(names if model.rope_scaling == "llama3" else names[:1]))
+    if model.rope_scaling == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        raise cfg.UserError(
+            f"model.rope_low_freq_factor={model.rope_low_freq_factor} must be below "
+            f"model.rope_high_freq_factor={model.rope_high_freq_factor}, as 1 and 4"
+        )
+
 
 def groups(config: Config) -> list[tuple[tuple[type, ...], int]]:
     """Layers as (pattern of blocks, repeats)."""
     return [((Block,), config.num_layers)]
-
-
-def learned_positions(config: Config) -> int:
-    """Length of the learned position table: there is none."""
-    return 0
 
 
 def encode_positions(config: Config, positions_BS: jax.Array):
@@ -84,33 +99,29 @@ class Block(nnx.Module):
         """Tokens that a query of this block sees, itself included; 0: all before it."""
         return config.sliding_window
 
+    cache = staticmethod(SelfAttention.cache)
+
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
         c, keys = config, jax.random.split(key, 7)
-        std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
         self.attention_norm = RMSNorm(c, layout)
-        self.attention = SelfAttention(c, layout, keys[:4], self.window(c))
+        self.attention = SelfAttention(
+            c, layout, keys[:4], window=self.window(c), softcap=c.attention_softcap,
+            norm=RMSNorm if c.qk_norm else None,
+        )  # fmt: skip
         self.mlp_norm = RMSNorm(c, layout)
-        self.gate = layout.param(normal(keys[4], std), (c.embed_dim, c.mlp_dim), "embed mlp")
-        self.up = layout.param(normal(keys[5], std), (c.embed_dim, c.mlp_dim), "embed mlp")
-        self.down = layout.param(normal(keys[6], std_out), (c.mlp_dim, c.embed_dim), "mlp embed")
+        self.gate, self.up, self.down = gated_weights(c, layout, keys[4:], c.mlp_dim)
 
     def __call__(self, x_BSD, table, segments_BS, layout: Layout, cache=None):
         """One layer: (residual stream, cache, aux)."""
-        s, w = layout, layout.gather
+        s, weights = layout, (self.gate, self.up, self.down)
         y_BSD, cache = self.attention(self.attention_norm(x_BSD, s), table, segments_BS, s, cache)
         x_BSD += y_BSD
-
-        with jax.named_scope("mlp"):
-            h_BSD = s.move(self.mlp_norm(x_BSD, s), "batch seq _", over="mlp")
-            gate_BSF = checkpoint_name(s.dot("bsd,df->bsf", h_BSD, w(self.gate)), "mlp")
-            up_BSF = checkpoint_name(s.dot("bsd,df->bsf", h_BSD, w(self.up)), "mlp")
-            h_BSF = jax.nn.silu(gate_BSF) * up_BSF
-            x_BSD += s.dot("bsf,fd->bsd", h_BSF, w(self.down), out="batch residual_seq _")
-        return x_BSD, cache, {}
+        return x_BSD + gated_mlp(self.mlp_norm(x_BSD, s), weights, s), cache, {}
 
 
 # Hugging Face (see jaxlm/interop): our layer as letters -> their tensor's dimensions, and its
 # name. Letters: the legend above, v vocab.
+MODEL_TYPES = ("llama",)
 PREFIX = "model."  # of every tensor but the head; files of the bare model lack it
 IGNORED = ("*.rotary_emb.inv_freq",)  # not parameters, in old files
 _LAYER = "model.layers.{layer}."
@@ -118,15 +129,15 @@ NAMES: dict[str, tuple[str, str]] = {
     "embed": ("vd->vd", "model.embed_tokens.weight"),
     "final_norm.scale": ("d->d", "model.norm.weight"),
     "head": ("vd->vd", "lm_head.weight"),
-    "groups.0.0.attention_norm.scale": ("d->d", _LAYER + "input_layernorm.weight"),
-    "groups.0.0.attention.q": ("dhc->(hc)d", _LAYER + "self_attn.q_proj.weight"),
-    "groups.0.0.attention.k": ("dkc->(kc)d", _LAYER + "self_attn.k_proj.weight"),
-    "groups.0.0.attention.v": ("dkc->(kc)d", _LAYER + "self_attn.v_proj.weight"),
-    "groups.0.0.attention.o": ("hcd->d(hc)", _LAYER + "self_attn.o_proj.weight"),
-    "groups.0.0.mlp_norm.scale": ("d->d", _LAYER + "post_attention_layernorm.weight"),
-    "groups.0.0.gate": ("df->fd", _LAYER + "mlp.gate_proj.weight"),
-    "groups.0.0.up": ("df->fd", _LAYER + "mlp.up_proj.weight"),
-    "groups.0.0.down": ("fd->df", _LAYER + "mlp.down_proj.weight"),
+    "block.attention_norm.scale": ("d->d", _LAYER + "input_layernorm.weight"),
+    "block.attention.q": ("dhc->(hc)d", _LAYER + "self_attn.q_proj.weight"),
+    "block.attention.k": ("dkc->(kc)d", _LAYER + "self_attn.k_proj.weight"),
+    "block.attention.v": ("dkc->(kc)d", _LAYER + "self_attn.v_proj.weight"),
+    "block.attention.o": ("hcd->d(hc)", _LAYER + "self_attn.o_proj.weight"),
+    "block.mlp_norm.scale": ("d->d", _LAYER + "post_attention_layernorm.weight"),
+    "block.gate": ("df->fd", _LAYER + "mlp.gate_proj.weight"),
+    "block.up": ("df->fd", _LAYER + "mlp.up_proj.weight"),
+    "block.down": ("fd->df", _LAYER + "mlp.down_proj.weight"),
 }
 
 
@@ -153,7 +164,7 @@ def from_hugging_face(hf: dict) -> dict:
 
 def shared_from_hugging_face(found: dict) -> dict:
     """What Llama's relatives read alike, of the values in config.json."""
-    if found["hidden_act"] not in ("silu", "swish"):  # two names of one function
+    if found.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise cfg.UserError(f"hidden_act={found['hidden_act']} is not supported; silu is")
     heads, width = found["num_attention_heads"], found["hidden_size"]
     return {

@@ -15,21 +15,22 @@ from jaxlm.models.moe import (
     Block,
     Config,
     Norm,
+    check,
     encode_positions,
     groups,
-    learned_positions,
     update_fixed,
 )
 
 __all__ = ["IGNORED", "PREFIX", "Block", "Config", "Norm"]
-__all__ += ["encode_positions", "groups", "learned_positions", "update_fixed"]
+__all__ += ["check", "encode_positions", "groups", "update_fixed"]
+MODEL_TYPES = ("mixtral",)
 # Hugging Face: see llama.py; a leading layer and a leading expert are places in our arrays.
 _EXPERT = moe.LAYER + "block_sparse_moe.experts.{expert}."
 NAMES: dict[str, tuple[str, str]] = moe.NAMES | {
-    "groups.0.0.moe.router": ("de->ed", moe.LAYER + "block_sparse_moe.gate.weight"),
-    "groups.0.0.moe.gate": ("df->fd", _EXPERT + "w1.weight"),
-    "groups.0.0.moe.down": ("fd->df", _EXPERT + "w2.weight"),
-    "groups.0.0.moe.up": ("df->fd", _EXPERT + "w3.weight"),
+    "block.moe.router": ("de->ed", moe.LAYER + "block_sparse_moe.gate.weight"),
+    "block.moe.gate": ("df->fd", _EXPERT + "w1.weight"),
+    "block.moe.down": ("fd->df", _EXPERT + "w2.weight"),
+    "block.moe.up": ("df->fd", _EXPERT + "w3.weight"),
 }
 
 

@@ -10,13 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import config as cfg
 from jaxlm.models import experts, llama
-from jaxlm.models.layers import RMSNorm, SelfAttention, normal, rotary_frequencies, rotary_table
+from jaxlm.models.layers import (
+    GatedMLP,
+    RMSNorm,
+    SelfAttention,
+    check_rotary,
+    normal,
+    rotary_positions,
+)
 from jaxlm.sharding import Layout, wide
 
 Norm = RMSNorm
@@ -28,19 +33,23 @@ class Config(cfg.Model):
     """The keys of `model:` that families with experts share."""
 
     mlp_dim: int = cfg.key(
-        0, "hidden width of a dense MLP; no layer has one, it is kept for config.json", minimum=0
-    )
+        0, "hidden width of a dense MLP; no layer has one, it is kept for config.json", minimum=0,
+        dim="mlp",
+    )  # fmt: skip
     rope_theta: float = cfg.key(1e6, "base of the rotary wavelengths", changes=NUMBERS)
-    num_experts: int = cfg.key(cfg.REQUIRED, "routed experts of a layer", minimum=1, changes=SHAPE)
+    num_experts: int = cfg.key(
+        cfg.REQUIRED, "routed experts of a layer", minimum=1, changes=SHAPE, dim="experts"
+    )
     experts_per_token: int = cfg.key(
         cfg.REQUIRED, "experts that a token is sent to", minimum=1, changes=NUMBERS
     )
     expert_mlp_dim: int = cfg.key(
-        cfg.REQUIRED, "hidden width of one expert", minimum=1, changes=SHAPE
+        cfg.REQUIRED, "hidden width of one expert", minimum=1, changes=SHAPE, dim="mlp"
     )
     shared_expert_dim: int = cfg.key(
-        0, "hidden width of an expert that takes every token; 0: none", minimum=0, changes=SHAPE
-    )
+        0, "hidden width of an expert that takes every token; 0: none", minimum=0, changes=SHAPE,
+        dim="mlp",
+    )  # fmt: skip
     router: str = cfg.key(
         "softmax", "scores of the experts; sigmoid: as in DeepSeek-V3",
         choices=("softmax", "sigmoid"), changes=NUMBERS,
@@ -70,6 +79,11 @@ class Config(cfg.Model):
     )  # fmt: skip
 
     @property
+    def expert_share(self) -> float:
+        """Those of the router's choice."""
+        return self.experts_per_token / self.num_experts
+
+    @property
     def microbatches_change_numbers(self) -> bool:
         """With the balance loss: a product of two means over the tokens of a microbatch.
 
@@ -77,6 +91,31 @@ class Config(cfg.Model):
         backward pass.
         """
         return self.balance == "loss" and self.balance_coefficient > 0
+
+    def shrunk(self, small: dict[str, Any], length: int) -> dict[str, Any]:
+        """Experts still run full: at the even share, whatever is uneven is dropped."""
+        return {"capacity_factor": min(self.capacity_factor, 1.0)}
+
+
+def check(config: cfg.Config) -> None:
+    """Raise UserError for a config that a family with experts cannot be."""
+    m, rules = config.model, cfg.RULES | config.rules
+    assert isinstance(m, Config)
+    check_rotary(m, "rope_theta")
+    if m.experts_per_token > m.num_experts:
+        raise cfg.UserError(
+            f"model.experts_per_token={m.experts_per_token} is above model.num_experts="
+            f"{m.num_experts}; a token is sent to {m.num_experts} at most"
+        )
+    if m.dispatch == "capacity" and not m.capacity_factor:
+        raise cfg.UserError(
+            "model.capacity_factor=0.0 leaves no slot; use 1.25, or 1.0 for even loads"
+        )
+    if outside := [axis for axis in rules["experts"] if axis not in rules["batch"]]:
+        raise cfg.UserError(
+            f"rules.experts: axis {outside[0]} is not in rules.batch={list(rules['batch'])}: "
+            "tokens are sent along the axes of experts, each device its own; add it there"
+        )
 
 
 class MoE(nnx.Module):
@@ -93,7 +132,8 @@ class MoE(nnx.Module):
         self.gate = layout.param(normal(keys[1], std), (E, D, F), "experts embed mlp")
         self.up = layout.param(normal(keys[2], std), (E, D, F), "experts embed mlp")
         self.down = layout.param(normal(keys[3], std_out), (E, F, D), "experts mlp embed")
-        self.shared = GatedMLP(c, layout, keys[4:]) if c.shared_expert_dim else None
+        shared = c.shared_expert_dim  # the expert that takes every token (arXiv:2401.06066)
+        self.shared = GatedMLP(c, layout, keys[4:], shared) if shared else None
         zeros = jnp.zeros(E, jnp.float32)
         self.bias = nnx.Variable(zeros, dims="_", over="") if c.balance == "bias" else None
 
@@ -141,26 +181,6 @@ class MoE(nnx.Module):
         return jax.nn.sigmoid(logits_BSE), logits_BSE
 
 
-class GatedMLP(nnx.Module):
-    """The expert that takes every token (arXiv:2401.06066)."""
-
-    def __init__(self, config: Config, layout: Layout, keys: jax.Array):
-        c = config
-        std, std_out = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
-        D, F = c.embed_dim, c.shared_expert_dim
-        self.gate = layout.param(normal(keys[0], std), (D, F), "embed mlp")
-        self.up = layout.param(normal(keys[1], std), (D, F), "embed mlp")
-        self.down = layout.param(normal(keys[2], std_out), (F, D), "mlp embed")
-
-    @jax.named_scope("mlp")
-    def __call__(self, x_BSD, layout: Layout) -> jax.Array:
-        s, w = layout, layout.gather
-        gate_BSF = checkpoint_name(s.dot("bsd,df->bsf", x_BSD, w(self.gate)), "mlp")
-        up_BSF = checkpoint_name(s.dot("bsd,df->bsf", x_BSD, w(self.up)), "mlp")
-        h_BSF = jax.nn.silu(gate_BSF) * up_BSF
-        return s.dot("bsf,fd->bsd", h_BSF, w(self.down), out="batch residual_seq _")
-
-
 class Block(nnx.Module):
     """Attention and experts, each on a normalised copy; aux names the bias as in `moe`, here."""
 
@@ -169,12 +189,17 @@ class Block(nnx.Module):
         """Tokens that a query of this block sees, itself included; 0: all before it."""
         return config.sliding_window
 
+    cache = staticmethod(SelfAttention.cache)
+
     def __init__(self, config: Config, layout: Layout, key: jax.Array):
-        keys = jax.random.split(key, 5)
-        self.attention_norm = RMSNorm(config, layout)
-        self.attention = SelfAttention(config, layout, keys[:4], self.window(config))
-        self.mlp_norm = RMSNorm(config, layout)
-        self.moe = MoE(config, layout, keys[4])
+        c, keys = config, jax.random.split(key, 5)
+        self.attention_norm = RMSNorm(c, layout)
+        self.attention = SelfAttention(
+            c, layout, keys[:4], window=self.window(c), softcap=c.attention_softcap,
+            norm=RMSNorm if c.qk_norm else None,
+        )  # fmt: skip
+        self.mlp_norm = RMSNorm(c, layout)
+        self.moe = MoE(c, layout, keys[4])
 
     def __call__(self, x_BSD, table, segments_BS, layout: Layout, cache=None):
         """One layer: (residual stream, cache, aux)."""
@@ -256,13 +281,7 @@ def update_fixed(config: Config, name: str, bias_LE: jax.Array, load_LE: jax.Arr
 
 def encode_positions(config, positions_BS: jax.Array):
     """What every block needs to know of the positions: cosines and sines."""
-    frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
-    return rotary_table(positions_BS, jnp.asarray(np.array(frequencies, np.float32)))
-
-
-def learned_positions(config: Config) -> int:
-    """Length of the learned position table: there is none."""
-    return 0
+    return rotary_positions(positions_BS, config.head_dim, config.rope_theta)
 
 
 # Hugging Face (see llama.py): what the families with experts share.

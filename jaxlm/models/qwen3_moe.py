@@ -15,23 +15,24 @@ from jaxlm.models.moe import (
     Block,
     Config,
     Norm,
+    check,
     encode_positions,
     groups,
-    learned_positions,
     update_fixed,
 )
 
 __all__ = ["IGNORED", "PREFIX", "Block", "Config", "Norm"]
-__all__ += ["encode_positions", "groups", "learned_positions", "update_fixed"]
+__all__ += ["check", "encode_positions", "groups", "update_fixed"]
+MODEL_TYPES = ("qwen3_moe",)
 # Hugging Face: see llama.py; a leading layer and a leading expert are places in our arrays.
 _EXPERT = moe.LAYER + "mlp.experts.{expert}."
 NAMES: dict[str, tuple[str, str]] = moe.NAMES | {
-    "groups.0.0.attention.q_norm.scale": ("c->c", moe.LAYER + "self_attn.q_norm.weight"),
-    "groups.0.0.attention.k_norm.scale": ("c->c", moe.LAYER + "self_attn.k_norm.weight"),
-    "groups.0.0.moe.router": ("de->ed", moe.LAYER + "mlp.gate.weight"),
-    "groups.0.0.moe.gate": ("df->fd", _EXPERT + "gate_proj.weight"),
-    "groups.0.0.moe.down": ("fd->df", _EXPERT + "down_proj.weight"),
-    "groups.0.0.moe.up": ("df->fd", _EXPERT + "up_proj.weight"),
+    "block.attention.q_norm.scale": ("c->c", moe.LAYER + "self_attn.q_norm.weight"),
+    "block.attention.k_norm.scale": ("c->c", moe.LAYER + "self_attn.k_norm.weight"),
+    "block.moe.router": ("de->ed", moe.LAYER + "mlp.gate.weight"),
+    "block.moe.gate": ("df->fd", _EXPERT + "gate_proj.weight"),
+    "block.moe.down": ("fd->df", _EXPERT + "down_proj.weight"),
+    "block.moe.up": ("df->fd", _EXPERT + "up_proj.weight"),
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import config as cfg
-from jaxlm import configfile, programs
+from jaxlm import configfile, program_cache
 from jaxlm.hardware.target import Target
 from jaxlm.validate import resolve_mesh
 
@@ -25,7 +25,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "ja
 
 def directory(config: cfg.Config) -> Path:
     """Where results are kept: plan.cache, or jaxlm's part of the user's cache."""
-    return Path(config.plan.cache) if config.plan.cache else programs.user_cache()
+    return Path(config.plan.cache) if config.plan.cache else program_cache.user_cache()
 
 
 def settled(config: cfg.Config, target: Target) -> cfg.Config:

@@ -7,8 +7,10 @@ starts that process, and keeps what it found.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -21,14 +23,13 @@ from typing import Any
 import jax
 
 from jaxlm import config as cfg
-from jaxlm import configfile, programs
+from jaxlm import configfile, program_cache, xla
+from jaxlm.attention.compiled import kernel_flops
+from jaxlm.hardware.network import route
 from jaxlm.hardware.target import Target, parse_target
 from jaxlm.plan import cache, cost, overflow
+from jaxlm.plan.memory_classes import classify
 from jaxlm.program import Program, make_program, trace_train_step
-from jaxlm.xla import hlo
-from jaxlm.xla.account import account
-from jaxlm.xla.collectives import find_collectives, summarize
-from jaxlm.xla.liveness import largest, split_memory
 
 LARGEST = 12  # buffers that are named
 NUMBERS = ("trace_seconds", "compile_seconds", "peak_bytes", "code_bytes")
@@ -60,40 +61,83 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
         refused, memory, text = overflow.explain(lowered, error)
     done = time.monotonic()
     assert memory is not None and text is not None
-    module = hlo.parse(text) if text else None
-    found, buffers = None, []
-    if module is not None:
-        found, buffers = read_cost(config, program, target, memory, module)
     return {
-        "target": name,
-        "devices": program.mesh.size,
-        "attention": program.layout.attention.backend,
         "trace_seconds": round(traced - start, 1),
         "compile_seconds": round(done - traced, 1),
+        "refused": refused._asdict() if refused else None,
+        **read(config, program, target, memory, text),
+    }
+
+
+def read(
+    config: cfg.Config, program: Program, target: Target, memory: Any, text: str
+) -> dict[str, Any]:
+    """What a compiled program and its memory_analysis say; empty `text`: there is no program."""
+    found, buffers, collectives = None, [], []
+    if text:
+        module = xla.parse(text)
+        found, buffers = read_cost(config, program, target, memory, module)
+        collectives = xla.summarize(xla.find_collectives(module), dict(program.layout.axes))
+    return {
+        "target": target.text,
+        "devices": program.mesh.size,
+        "attention": program.layout.attention.backend,
         "peak_bytes": memory.peak_memory_in_bytes,
         "state_and_batch_bytes": memory.argument_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,  # beside the peak
-        "collectives": summarize(find_collectives(module), program.layout) if module else {},
+        "collectives": collectives,
         "cost": cost.to_json(found) if found else None,
         "warnings": [],
         "largest": buffers,
-        "refused": refused._asdict() if refused else None,
     }
 
 
 def read_cost(
-    config: cfg.Config, program: Program, target: Target, memory: Any, module: hlo.Module
+    config: cfg.Config, program: Program, target: Target, memory: Any, module: xla.Module
 ) -> tuple[cost.Cost, list[dict[str, Any]]]:
     """The Cost of a compiled program, and the largest buffers at its peak."""
-    layout, structure = program.layout, program.structure
-    counted = account(module, layout, target, config.mesh.dcn)
-    split = split_memory(module, memory, layout, structure, config)
+    visits, axes = list(xla.walk(module)), dict(program.layout.axes)
+    flops, kernels, notes = xla.count_flops(visits, cost.part_of, kernel_flops)
+    hbm, host = xla.count_bytes(module, visits)
+    kind = target.kind
+    chip = xla.Chip(target.platform, kind.clock, kind.bf16_flops, kind.hbm_bandwidth)
+    peak = classify(module, memory, program.layout, program.structure, config)
     taken = cost.Cost(
-        memory=split.classes, flops=counted.flops, kernel_flops=counted.kernel_flops,
-        traffic=counted.traffic, hbm_bytes=counted.hbm_bytes, host_bytes=counted.host_bytes,
-        compute_seconds=counted.compute_seconds, notes=counted.notes,
+        memory=peak.classes, flops=flops, kernel_flops=kernels,
+        traffic=count_traffic(xla.find_collectives(module), axes, target, config.mesh.dcn),
+        hbm_bytes=hbm, host_bytes=host, compute_seconds=xla.compute_seconds(module, visits, chip),
+        notes=(*notes, *unknown_trips(visits)),
     )  # fmt: skip
-    return taken, [buffer._asdict() for buffer in largest(split, LARGEST)]
+    return taken, [buffer._asdict() for buffer in peak.buffers[:LARGEST]]
+
+
+def unknown_trips(visits: list[xla.Visit]) -> list[str]:
+    """What to say of loops of which the text does not tell how often they run."""
+    unknown = {visit.scheduled.name for visit in visits if not visit.known}
+    if not unknown:
+        return []
+    return [f"{len(unknown)} operations in loops of unknown trips are counted once"]
+
+
+def count_traffic(
+    found: list[xla.Collective], axes: dict[str, int], target: Target, dcn: dict[str, int]
+) -> tuple[cost.Traffic, ...]:
+    """Collectives of one kind and the same axes as one row each, most bytes first."""
+    sums: dict = collections.defaultdict(lambda: [0.0] * 4)
+    for one in found:
+        along = xla.mesh_axes(one.groups, axes)
+        size = math.prod(axes[axis] for axis in along)
+        if size <= 1:
+            continue
+        wire = one.bytes * xla.WIRE[one.kind](size) * one.times
+        row = sums[one.kind, along, size]
+        for i, more in enumerate((one.times, one.bytes * one.times, wire, wire * one.blocking)):
+            row[i] += more
+    rows = [
+        cost.Traffic(kind, along, *route(target, axes, dcn, along), size, *row)
+        for (kind, along, size), row in sums.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.wire))
 
 
 def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
@@ -178,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("jaxlm").setLevel(logging.INFO)
     try:
         if parse_target(args.target).platform == "cpu":
-            programs.keep()  # `train` loads it
+            program_cache.keep()  # `train` loads it
         else:  # compilers of absent devices cannot read what they kept
             jax.config.update("jax_enable_compilation_cache", False)
         print(json.dumps(report(configfile.load(args.config, args.overrides), args.target)))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 # Classes of memory, in the order in which they are shown; activations kept for the backward pass
@@ -67,3 +68,15 @@ def from_json(data: dict[str, Any]) -> Cost:
     """The inverse of `to_json`."""
     traffic = tuple(Traffic(**(row | {"axes": tuple(row["axes"])})) for row in data["traffic"])
     return Cost(**(data | {"traffic": traffic, "notes": tuple(data["notes"])}))
+
+
+def part_of(op_name: str) -> str:
+    """ "<part>/<pass>" of an operation, from its named scopes and autodiff's marks."""
+    scopes = re.findall(r"[\w.]+", op_name)
+    name = next((scope for scope in reversed(scopes) if scope in PARTS), "other")
+    when = "forward"
+    if "rematted_computation" in scopes:
+        when = "recompute"
+    elif "transpose(" in op_name:
+        when = "backward"
+    return f"{name}/{when}"

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxlm import config as cfg
+from jaxlm.divisibility import layout_problems
 from jaxlm.hardware.target import Target
 from jaxlm.plan import estimate
 from jaxlm.plan.compiled import CompileError
 from jaxlm.plan.units import duration, size
-from jaxlm.validate import layout_problems, resolve_mesh
+from jaxlm.validate import resolve_mesh
 
 ENOUGH = 3  # confirmed edits
 TRIED = 8  # programs compiled at most

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from jaxlm import config as cfg
 from jaxlm.hardware.target import Target
 from jaxlm.models import moe
-from jaxlm.optim import MIN_FACTORED, MUON, is_matrix, sides
+from jaxlm.optim import MIN_FACTORED, is_matrix, sides, takes_muon
 from jaxlm.pipeline import Schedule
 from jaxlm.plan.habits import WIDE, Habits, find_habits
 from jaxlm.sharding import Layout
@@ -180,7 +180,7 @@ def _moments(run: Run, weight: Weight, structure: Structure) -> float:
     if name in ("adamw", "lion"):
         return weight.stored * (2 if name == "adamw" else 1)
     if name == "muon":
-        return weight.stored * (1 if is_matrix(dims) and MUON & set(dims.split()) else 2)
+        return weight.stored * (1 if takes_muon(dims) else 2)
     _, embed, other = sides(dims)
     shape = structure.shapes[weight.name]
     rows, columns = (math.prod(shape[i] for i in side) for side in (embed, other))

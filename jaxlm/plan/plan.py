@@ -12,9 +12,9 @@ from jaxlm.hardware.target import Target
 from jaxlm.mesh import make_mesh
 from jaxlm.plan import compiled, cost, estimate, roofline
 from jaxlm.plan.cost import Cost
+from jaxlm.plan.memory_classes import UNEXPLAINED
 from jaxlm.state import Structure
 from jaxlm.validate import resolve_mesh, validate
-from jaxlm.xla.liveness import UNEXPLAINED
 
 
 @dataclasses.dataclass(frozen=True)

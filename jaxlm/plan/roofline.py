@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.devices import Kind
+from jaxlm.hardware.chips import Kind
 from jaxlm.hardware.target import Target
 from jaxlm.plan.cost import Cost
 

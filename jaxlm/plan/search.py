@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 
 from jaxlm import config as cfg
 from jaxlm import configfile
+from jaxlm.divisibility import layout_problems
 from jaxlm.hardware.target import Target, local_target
 from jaxlm.models import family_module
+from jaxlm.nearest import factorisations
 from jaxlm.plan import cache, estimate
 from jaxlm.plan.compiled import CompileError
 from jaxlm.plan.estimate import Estimate
 from jaxlm.plan.plan import remat_text
 from jaxlm.plan.units import duration, size
 from jaxlm.state import Structure
-from jaxlm.validate import factorisations, layout_problems, validate
+from jaxlm.validate import validate
+from jaxlm.yaml_values import yaml_text
 
 logger = logging.getLogger("jaxlm")
 MESHES = 40  # the meshes of which every other setting is tried: those that are fastest with full
@@ -391,7 +394,7 @@ def config_text(source: Path, out: str, best: Candidate, target: Target) -> str:
     lines = [
         f"# Found by jaxlm plan --search for {target.text}: {describe(best)};",
         f"# {how}. Limited by {best.limit}.",
-        f"include: {configfile.yaml_text(include)}",
+        f"include: {yaml_text(include)}",
         *(line for _, line in configfile.yaml_lines(changed)),
     ]
     return "\n".join(lines) + "\n"

@@ -8,12 +8,12 @@ import functools
 from jaxlm import config as cfg
 from jaxlm.attention import splash
 from jaxlm.attention.chunked import SPANS
+from jaxlm.attention.compiled import shown_blocks
 from jaxlm.hardware.target import Target
 from jaxlm.models import layer_windows
 from jaxlm.plan.habits import WIDE
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
-from jaxlm.xla.account import shown_blocks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,10 @@ from jaxlm.config import AXES
 from jaxlm.hardware.network import route
 from jaxlm.hardware.target import Target
 from jaxlm.plan import live, rewrite, walk, work
-from jaxlm.plan.cost import Cost, Traffic
+from jaxlm.plan.cost import Cost, Traffic, part_of
 from jaxlm.plan.facts import Facts, find_facts
 from jaxlm.plan.walk import Body, Op
-from jaxlm.xla.account import part
-from jaxlm.xla.collectives import WIRE
+from jaxlm.xla import WIRE
 
 # What a train step is called with -> class of memory.
 ARGUMENTS = {
@@ -89,7 +88,7 @@ def _flops(body: Body, sizes: dict[str, int]) -> tuple[dict[str, float], float, 
             found = declared or 0.0
             kernels += found * times
         if found:
-            total[part(op.scope)] += found * times
+            total[part_of(op.scope)] += found * times
         if op.name == "while":
             notes["operations in a loop of unknown trips are counted once"] = None
     return dict(total), kernels, list(notes)
@@ -187,5 +186,5 @@ def _name(op: Op, number: int) -> str:
             if inner[value].name == "name":
                 return str(inner[value].params["name"])
             value = inner[value].inputs[0]
-        return part(inner[value].scope).split("/")[0] if value in inner else "block input"
-    return part(op.scope).split("/")[0]
+        return part_of(inner[value].scope).split("/")[0] if value in inner else "block input"
+    return part_of(op.scope).split("/")[0]

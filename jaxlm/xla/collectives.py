@@ -1,19 +1,21 @@
-"""The collectives of a compiled program, and the traffic that they make over each mesh axis."""
+"""The collectives of a compiled program, and the mesh axes that they run along.
+
+`axes` are the names and sizes of a mesh's axes in their order, as `jax.sharding.Mesh.shape` has
+them: HLO numbers devices by their place in the mesh, the last axis fastest.
+"""
 
 from __future__ import annotations
 
 import collections
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.hardware.network import route
-from jaxlm.hardware.target import Target
-from jaxlm.plan.cost import Traffic
-from jaxlm.sharding import Layout
-from jaxlm.xla.hlo import Computation, Instruction, Module, Visit, walk
+from jaxlm.xla.hlo import Computation, Instruction, Module
+from jaxlm.xla.schedule import Visit, walk
 
 KINDS = (
     "all-reduce", "all-gather", "reduce-scatter", "ragged-all-to-all", "all-to-all",
@@ -86,15 +88,8 @@ def _nested_result(each: Instruction, computation: Computation) -> bool:
 
 
 _WORK = (
-    "fusion",
-    "dot",
-    "convolution",
-    "while",
-    "call",
-    "conditional",
-    "custom-call",
-    "ragged-dot",
-)
+    "fusion", "dot", "convolution", "while", "call", "conditional", "custom-call", "ragged-dot",
+)  # fmt: skip
 
 
 def overlapped(visit: Visit) -> bool:
@@ -119,30 +114,6 @@ def overlapped(visit: Visit) -> bool:
         elif begun and other.opcode in _WORK:
             return True
     return False
-
-
-def count_traffic(
-    found: list[Collective], layout: Layout, target: Target, dcn: dict[str, int]
-) -> tuple[Traffic, ...]:
-    """Collectives of one kind and the same axes as one row each, most bytes first."""
-    sizes = dict(layout.axes)
-    sums: dict = collections.defaultdict(lambda: [0.0] * 4)
-    for one in found:
-        axes = mesh_axes(one.groups, layout)
-        group = math.prod(sizes[axis] for axis in axes)
-        if group <= 1:
-            continue
-        wire = one.bytes * WIRE[one.kind](group) * one.times
-        row = sums[one.kind, axes]
-        for i, more in enumerate((one.times, one.bytes * one.times, wire, wire * one.blocking)):
-            row[i] += more
-    rows = [
-        Traffic(
-            kind, axes, *route(target, sizes, dcn, axes), math.prod(sizes[a] for a in axes), *row
-        )
-        for (kind, axes), row in sums.items()
-    ]
-    return tuple(sorted(rows, key=lambda row: -row.wire))
 
 
 # Bytes that a device sends for each byte of the result, in a ring of n.
@@ -199,23 +170,23 @@ def _mesh_groups(axes: str, ids: str | None, names: str) -> tuple[tuple[int, ...
     return tuple(map(tuple, groups.reshape(-1, math.prod(shape[i] for i in inside)).tolist()))
 
 
-def mesh_axes(groups: tuple[tuple[int, ...], ...], layout: Layout) -> tuple[str, ...]:
+def mesh_axes(groups: tuple[tuple[int, ...], ...], axes: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which the members of a group differ."""
-    shape = [size for _, size in layout.axes]
+    shape = list(axes.values())
     groups = groups or (tuple(range(math.prod(shape))),)
     places = [np.array(np.unravel_index(group, shape)) for group in groups]
     varies = [any(len(set(p[i])) > 1 for p in places) for i in range(len(shape))]
-    return tuple(axis for (axis, _), does in zip(layout.axes, varies, strict=True) if does)
+    return tuple(axis for axis, does in zip(axes, varies, strict=True) if does)
 
 
 SUMS = ("count", "arrays", "scalars", "bytes", "step_bytes")
 
 
-def summarize(found: list[Collective], layout: Layout) -> list[dict]:
+def summarize(found: list[Collective], axes: Mapping[str, int]) -> list[dict]:
     """Collectives of one kind, axes and loop depth as one row each, largest first."""
     rows = collections.defaultdict(lambda: dict.fromkeys(SUMS, 0))
     for one in found:
-        row = rows[one.kind, mesh_axes(one.groups, layout), one.loops]
+        row = rows[one.kind, mesh_axes(one.groups, axes), one.loops]
         row["count"] += 1
         row["arrays"] += len(one.shapes)
         row["scalars"] += one.scalars

@@ -1,4 +1,4 @@
-"""Scheduled HLO text as data: instructions, the computations they call, the trips of loops.
+"""Scheduled HLO text as data: instructions and the computations that they call.
 
 The text is what `compiled.as_text()` returns on any platform.
 """
@@ -9,8 +9,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
 
 HOST = 5  # the memory space of arrays that are kept in host memory; 0 is the device's
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
@@ -117,6 +115,11 @@ class Computation:
         """By number."""
         found = (each for each in self.instructions if each.opcode == "parameter")
         return {int(each.arguments): each for each in found}
+
+    def outputs(self) -> list[Instruction]:
+        """What made its results: the elements of a tuple, or the root itself."""
+        root = self.root
+        return [self.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """What made its operands."""
@@ -285,181 +288,3 @@ def _frames(text: str) -> dict[int, tuple[tuple[str, int], ...]]:
         parent = field(row, "parent_frame_id") - 1  # 1: there is none
         frames[key] = (places[field(row, "file_location_id")], *frames.get(parent, ()))
     return frames
-
-
-class Visit(NamedTuple):
-    """An instruction as a program runs it."""
-
-    instruction: Instruction
-    computation: Computation
-    scheduled: Instruction  # itself, or the fusion or asynchronous call that it is a part of
-    place: Computation  # where that stands
-    loops: int  # while loops around it
-    times: int  # that it runs
-    known: bool  # whether the trips of all loops around it are
-
-
-def walk(module: Module) -> Iterator[Visit]:
-    """Every instruction, wherever it is called, in the order of the schedule."""
-    yield from _walk(module, module.entry, None, 0, 1, True, {})
-
-
-def _walk(module, computation, outer, loops, times, known, callers) -> Iterator[Visit]:
-    for each in computation.instructions:
-        scheduled, place = outer or (each, computation)
-        yield Visit(each, computation, scheduled, place, loops, times, known)
-        if each.opcode == "while":
-            trips = trip_count(module, computation, each, callers)
-            for role in ("condition", "body"):
-                called = module.called(each, role)
-                assert called, each
-                inner = callers | {called.name: (computation, each)}
-                state = (loops + 1, times * (trips or 1), known and trips is not None)
-                yield from _walk(module, called, outer, *state, inner)
-            continue
-        for branch in module.branches(each):
-            yield from _walk(module, branch, outer, loops, times, known, callers)
-        for role in ("calls", "to_apply"):
-            called = module.called(each, role)
-            if called is None or (role == "to_apply" and each.opcode != "call"):
-                continue  # what a reduction applies is a scalar function
-            inner = callers | {called.name: (computation, each)}
-            fused = each.opcode != "call"
-            yield from _walk(
-                module, called, (scheduled, place) if fused else outer, loops, times, known, inner
-            )
-
-
-def trip_count(module: Module, computation: Computation, loop: Instruction, callers) -> int | None:
-    """How often a while loop runs; None if the text does not say."""
-    if known := re.search(r"known_trip_count\D*(\d+)", loop.attributes):
-        return int(known[1])
-    condition, body = module.called(loop, "condition"), module.called(loop, "body")
-    assert condition and body
-    found = _comparison(module, condition, callers | {condition.name: (computation, loop)})
-    if found is None:
-        return None
-    index, limit, less = found
-    first = _number(module, computation, loop.operands[0], callers, index)
-    step = _step(module, body, index)
-    if first is None or not step:
-        return None
-    return max(0, -(-(limit - first) // step) + (not less))
-
-
-def _comparison(module, condition: Computation, callers) -> tuple[int, int, bool] | None:
-    """(element of the loop's state, limit, whether the limit ends it) of `counter < limit`."""
-    computation, root = condition, condition.root
-    while root.opcode == "fusion":
-        inner = module.called(root, "calls")
-        callers = callers | {inner.name: (computation, root)}
-        computation, root = inner, inner.root
-    direction = root.attribute("direction")
-    if root.opcode != "compare" or direction not in ("LT", "LE", "NE", "GT", "GE"):
-        return None
-    left, right = root.operands
-    if direction in ("GT", "GE"):
-        left, right, direction = right, left, {"GT": "LT", "GE": "LE"}[direction]
-    index = _element(computation, left, condition, callers)
-    limit = _number(module, computation, right, callers)
-    return None if index is None or limit is None else (index, limit, direction != "LE")
-
-
-def _element(computation, name: str, condition: Computation, callers) -> int | None:
-    """Which element of the loop's state a value of its condition is."""
-    each = computation.by_name[name]
-    while each.opcode in ("copy", "bitcast", "convert"):
-        each = computation.by_name[each.operands[0]]
-    if each.opcode == "get-tuple-element" and computation is condition:
-        return int(each.attribute("index"))
-    if each.opcode == "parameter" and computation is not condition:
-        outer, call = callers[computation.name]
-        return _element(outer, call.operands[int(each.arguments)], condition, callers)
-    return None
-
-
-def _step(module: Module, body: Computation, index: int) -> int | None:
-    """What a trip adds to an element of the loop's state."""
-    root = body.root
-    if root.opcode != "tuple":
-        return None
-    return _added(module, body, root.operands[index], {}, index, body)
-
-
-def _added(module, computation, name: str, callers, index: int, body) -> int | None:
-    each = computation.by_name[name]
-    again = functools.partial(_added, module, index=index, body=body)
-    if each.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-        return again(computation, each.operands[0], callers)
-    if each.opcode == "get-tuple-element" and computation is body:
-        start = computation.by_name[each.operands[0]]
-        same = start.opcode == "parameter" and int(each.attribute("index")) == index
-        return 0 if same else None
-    if each.opcode == "parameter" and computation.name in callers:
-        outer, call = callers[computation.name]
-        return again(outer, call.operands[int(each.arguments)], callers)
-    if each.opcode == "fusion":
-        inner = module.called(each, "calls")
-        return again(inner, inner.root.name, callers | {inner.name: (computation, each)})
-    if each.opcode == "add":
-        for mine, other in (each.operands, each.operands[::-1]):
-            base = again(computation, mine, callers)
-            more = _number(module, computation, other, callers)
-            if base is not None and more is not None:
-                return base + more
-    return None
-
-
-def _number(module, computation, name: str, callers, index: int | None = None) -> int | None:
-    """The integer that a value (or element `index` of a tuple) always has; None if unknown."""
-    each = computation.by_name.get(name)
-    again = functools.partial(_number, module)
-    if each is None:
-        return None
-    if each.opcode == "constant" and index is None:
-        return int(each.arguments) if re.fullmatch(r"-?\d+", each.arguments) else None
-    if each.opcode in (
-        "copy",
-        "bitcast",
-        "convert",
-        "copy-done",
-        "copy-start",
-        "optimization-barrier",
-    ):
-        return again(computation, each.operands[0], callers, index)
-    if each.opcode == "tuple" and index is not None:
-        return again(computation, each.operands[index], callers)
-    if each.opcode == "get-tuple-element" and index is None:
-        return again(computation, each.operands[0], callers, int(each.attribute("index")))
-    if each.opcode in ("add", "subtract", "multiply") and index is None:
-        left, right = (again(computation, name, callers) for name in each.operands)
-        if left is None or right is None:
-            return None
-        return {"add": left + right, "subtract": left - right, "multiply": left * right}[
-            each.opcode
-        ]
-    if each.opcode == "parameter" and computation.name in callers:
-        outer, call = callers[computation.name]
-        if call.opcode == "while":
-            body = module.called(call, "body")
-            if index is None or not _kept(body, index):
-                return None
-            return again(outer, call.operands[0], callers, index)
-        return again(outer, call.operands[int(each.arguments)], callers, index)
-    if each.opcode == "while" and index is not None and _kept(module.called(each, "body"), index):
-        return again(computation, each.operands[0], callers, index)
-    if each.opcode == "fusion" and index is None:
-        inner = module.called(each, "calls")
-        return again(inner, inner.root.name, callers | {inner.name: (computation, each)})
-    return None
-
-
-def _kept(body: Computation, index: int) -> bool:
-    """Whether a loop leaves an element of its state as it is."""
-    if body.root.opcode != "tuple":
-        return False
-    each = body.by_name[body.root.operands[index]]
-    while each.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        each = body.by_name[each.operands[0]]
-    same = each.opcode == "get-tuple-element" and int(each.attribute("index")) == index
-    return same and body.by_name[each.operands[0]].opcode == "parameter"
