@@ -26,7 +26,7 @@ from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
 from jaxlm.interop import carried
 from jaxlm.plan import estimate
-from jaxlm.program import make_eval_step, make_program
+from jaxlm.program import Program, make_eval_step, make_program
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import State, Structure
 
@@ -37,12 +37,13 @@ def train(config: cfg.Config) -> None:
     """Train to config.steps, from the newest checkpoint of the run directory if it has one."""
     if jax.process_count() == 1:  # of several, one would load while others compile, and time out
         program_cache.keep()
-    mesh, layout, structure, optimizer, train_step, options = make_program(config)
+    program = make_program(config)
+    mesh, layout, structure, optimizer, train_step, options = program
     run.prepare_data(config)
     training = data.open_split(config.data.path, "train")
     data.check_vocab(training, config.model.vocab_size)
     run_dir = cfg.run_dir(config)
-    prediction = predict(config, mesh, structure)
+    prediction = predict(config, program)
     data_state = functools.partial(
         load.data_state, split=training, batch=config.batch, seed=config.seed
     )
@@ -107,12 +108,12 @@ def train(config: cfg.Config) -> None:
                 log.say(metrics.closing_words(config, run_dir, start, example, can_evaluate))
 
 
-def predict(config: cfg.Config, mesh: Mesh, structure: Structure) -> dict[str, Any]:
+def predict(config: cfg.Config, program: Program) -> dict[str, Any]:
     """What the planner expects of a step on these devices; logged, and kept with the metrics."""
     with metrics.only_informs("plan: no prediction"):
-        target, (cost, time) = estimate.predict(config, mesh, structure)
+        target, (cost, time) = estimate.predict(config, program)
         logger.info(
-            "plan: a step of %.4g s, %.2f GB a device, limited by %s (formulas; "
+            "plan: a step of %.4g s, %.2f GB a device, limited by %s (by its trace; "
             "jaxlm plan compiles)", time.seconds, cost.peak / 1e9, time.limit,
         )  # fmt: skip
         return {

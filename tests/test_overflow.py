@@ -123,7 +123,7 @@ def test_a_refused_program_has_a_plan(tmp_path, capsys, refusing):
     out = capsys.readouterr().out
     for text in (out, html):
         for words in ("the compiler refuses the program: it needs 18.2 GB of 16.9 GB",
-                      "formulas say", "DOES NOT FIT", "f32[5000,256,4,8]"):  # fmt: skip
+                      "the trace says", "DOES NOT FIT", "f32[5000,256,4,8]"):  # fmt: skip
             assert words in text
     assert "from the cache" in out
 
@@ -144,7 +144,7 @@ def test_a_refusal_without_a_program_is_planned_by_formulas(tmp_path, monkeypatc
     formulas = plan.make_plan(config, target, analytic=True)
     assert not made.fits and made.cost.peak == pytest.approx(said.needed_bytes)
     assert made.cost.flops == formulas.cost.flops and made.formulas == formulas.cost.peak
-    assert "all but the memory it needs is by formulas" in made.warnings[-1]
+    assert "all but the memory it needs is from its trace" in made.warnings[-1]
     found = plan.to_dict(made)
     assert re.search("needs 18.2 GB of 16.9 GB", "".join(report.head(found)))
     assert "needs 18.2 GB of 16.9 GB" in page.page(found)

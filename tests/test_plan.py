@@ -249,7 +249,7 @@ def test_the_table_says_whether_it_fits(large, capsys):
     report.show(Console(width=140), plan.to_dict(large))
     text = capsys.readouterr().out
     for words in ("256 x TPU v6e", "fits (plan.memory allows 30.4 GB)", "MFU", "a step: ",
-                  "x ideal", "all-gather", "the whole run", "by formulas",
+                  "x ideal", "all-gather", "the whole run", "trace of the step",
                   "attention splash: the fused kernel of TPU v6 lite"):  # fmt: skip
         assert words in text, words
     tight = dataclasses.replace(
@@ -357,5 +357,5 @@ def test_no_estimate_for_devices_without_description(monkeypatch, caplog):
 
     monkeypatch.setattr(estimate, "predict", unknown)
     caplog.set_level("INFO", "jaxlm")
-    assert train.predict(None, None, None) == {}
+    assert train.predict(None, None) == {}
     assert "plan: no prediction: target=local" in caplog.text

@@ -41,6 +41,18 @@ def attend(
     return checkpoint_name(out_BSHC, "attention"), None
 
 
+def kernel_flops(name: str, scope: str, shapes: list) -> float | None:
+    """FLOPs that a kernel declares; None where `name` is none of ours.
+
+    `shapes`: of its operands and results on one device, with the bytes of an element.
+    """
+    if name.startswith("splash"):
+        return splash.kernel_flops(name, scope, shapes)
+    if name.startswith("dot_product_attention"):
+        return cudnn.kernel_flops(name, shapes)
+    return None
+
+
 def choose(config: cfg.Config, mesh: Mesh) -> cfg.Attention:
     """Resolve `auto` from the mesh's devices, and say why; refuse what cannot run there."""
     chosen, why = pick(config, mesh)

@@ -61,6 +61,16 @@ def attend(
     return mapped(q_BSHC, k_BTKC, v_BTKC)
 
 
+def kernel_flops(name: str, shapes: list[tuple[tuple[int, ...], int]]) -> float:
+    """FLOPs of a call with operands and results of these (shape, bytes of an element), causal.
+
+    Forward two products of scores with half of them shown; backward five.
+    """
+    (batch, length, heads, width), _ = shapes[0]
+    keys = shapes[1][0][1]
+    return 2.0 * batch * length * keys * heads * width * (2.5 if "bwd" in name else 1.0)
+
+
 def _is_here(device) -> bool:
     """Whether the device exists; a topology to compile for does not."""
     return device in jax.devices()

@@ -5,6 +5,9 @@ Shapes: B batch, S queries, T keys, H query heads, K kv heads, C head_dim; local
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -16,6 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import Mesh
 
 from jaxlm import config as cfg
+from jaxlm.attention.compiled import shown_blocks
 from jaxlm.attention.xla import repeat_heads
 from jaxlm.sharding import Layout
 
@@ -87,6 +91,26 @@ def block_sizes(length: int, row_bytes: int) -> kernel.BlockSizes:
         block_q_dq=None if fused else small, block_kv_dq=None if fused else large,
         use_fused_bwd_kernel=fused,
     )  # fmt: skip
+
+
+def kernel_flops(name: str, scope: str, shapes: list[tuple[tuple[int, ...], int]]) -> float:
+    """FLOPs of a kernel with operands and results of these (shape, bytes of an element).
+
+    Of all scores it computes the blocks that the mask does not hide whole. Forward is two products,
+    dq three, dkv four, and five where it makes dq too: a third result.
+    """
+    large = [(shape, size) for shape, size in shapes if len(shape) >= 3 and size >= 2]
+    (*_, length, width), size = large[0]
+    sizes = block_sizes(length, width * size)
+    products, block = 2, sizes.block_kv
+    if "dkv" in name:
+        products, block = 5 if sizes.use_fused_bwd_kernel else 4, sizes.block_kv_dkv
+    elif "dq" in name:
+        products, block = 3, sizes.block_kv_dq
+    rows, columns = length // sizes.block_q, length // (block or length)
+    window = re.search(r"\bwindow_(\d+)\b", scope)
+    part = shown_blocks(rows, columns, length, int(window[1]) if window else 0)
+    return 2.0 * products * math.prod(large[0][0]) * length * part
 
 
 def _block(length: int, limit: int) -> int:

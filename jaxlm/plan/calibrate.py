@@ -9,9 +9,8 @@ from typing import Any
 
 from jaxlm import config as cfg
 from jaxlm.hardware.target import Target, parse_target
-from jaxlm.plan import analytic, estimate, roofline
+from jaxlm.plan import estimate, roofline
 from jaxlm.plan.cost import Cost
-from jaxlm.validate import resolve_mesh
 
 MEASURED = "measured/step_seconds"
 
@@ -24,9 +23,7 @@ def calibrate(runs: Sequence[tuple[str, cfg.Config]]) -> dict[str, Any]:
     for path, config in runs:
         record = read_measurement(Path(path))
         target = parse_target(record["plan/target"])
-        sizes = resolve_mesh(config.mesh, target.size)
-        layout = estimate.layout_of(config, sizes, estimate.one_device(target))
-        cost = analytic.analyze(config, layout, estimate.structure_of(config), target)
+        cost = estimate.of_config(config, target).cost
         name = target.kind.name
         targets.setdefault(name, []).append(target)
         pairs.setdefault(name, []).append((cost, record[MEASURED]))

@@ -18,7 +18,7 @@ from jaxlm import config as cfg
 DESCRIPTION = (
     "What a run takes on hardware that need not be here: memory, FLOPs, communication, time and "
     "cost. The train step is compiled for the target by its real compiler, in a process of its "
-    "own; --analytic takes formulas instead, in seconds. target=... is short for plan.target=..."
+    "own; --analytic reads its trace instead, in seconds. target=... is short for plan.target=..."
 )
 
 
@@ -35,7 +35,11 @@ def add_parser(commands) -> None:
         help="target=v6e:16x16 and overrides of the config, e.g. mesh.fsdp=8",
     )  # fmt: skip
     add = parser.add_argument
-    add("--analytic", action="store_true", help="formulas only, nothing is compiled")
+    add(
+        "--analytic",
+        action="store_true",
+        help="nothing is compiled: the trace, and formulas in --search",
+    )
     add("--json", action="store_true", help="print one JSON object")
     add("--html", metavar="FILE", help="write a page with charts")
     add("--search", action="store_true", help="find the fastest mesh, remat and microbatches")

@@ -1,4 +1,8 @@
-"""Estimates before any compile: what a config takes on a target, by formulas alone."""
+"""Estimates before any compile: what a config takes on a target.
+
+`of_config` traces the train step and reads it. A search looks at thousands of configs, which
+`make_estimator` ranks by formulas.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,9 @@ from jaxlm import config as cfg
 from jaxlm.hardware.target import AbsentDevice, Target, local_target, parse_target
 from jaxlm.models import experts
 from jaxlm.optim import make_optimizer
-from jaxlm.plan import analytic, cache, roofline
+from jaxlm.plan import analytic, cache, roofline, traced
 from jaxlm.plan.cost import Cost
+from jaxlm.program import Program, make_program, trace_train_step
 from jaxlm.sharding import Layout, make_layout
 from jaxlm.state import Structure, init_state, model_structure
 
@@ -34,6 +39,20 @@ class Sizes(NamedTuple):
 
     shape: dict[str, int]
     devices: np.ndarray
+
+
+def of_config(config: cfg.Config, target: Target) -> Estimate:
+    """One step on a target, from the trace of the very program that would run there."""
+    config = cache.settled(config, target)
+    return of_program(config, make_program(config, target.absent_devices()), target)
+
+
+def of_program(config: cfg.Config, program: Program, target: Target) -> Estimate:
+    """One step of a program."""
+    step = traced.read_step(trace_train_step(config, program), target)
+    cost = traced.analyze(step, dict(program.mesh.shape), target, config.mesh.dcn)
+    known = roofline.efficiencies(target.kind, efficiencies_path(config))
+    return Estimate(cost, roofline.estimate(cost, target, known))
 
 
 def make_estimator(
@@ -112,7 +131,7 @@ def find_target(config: cfg.Config) -> Target:
     return local_target(jax.devices())
 
 
-def predict(config: cfg.Config, mesh: Mesh, structure: Structure) -> tuple[Target, Estimate]:
+def predict(config: cfg.Config, program: Program) -> tuple[Target, Estimate]:
     """What `train` may expect of the devices it has."""
-    target = local_target(list(mesh.devices.flat))
-    return target, make_estimator(config, target)(config, dict(mesh.shape), structure)
+    target = local_target(list(program.mesh.devices.flat))
+    return target, of_program(config, program, target)

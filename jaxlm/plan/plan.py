@@ -27,7 +27,7 @@ class Plan:
     structure: Structure
     method: str  # "analytic" or "compiled"
     cost: Cost
-    formulas: float  # peak bytes by formulas
+    formulas: float  # peak bytes by the trace
     time: roofline.Time
     attention: str  # backend
     attention_reason: str  # why that one
@@ -77,12 +77,12 @@ class Plan:
 
 
 def make_plan(config: cfg.Config, target: Target, analytic: bool) -> Plan:
-    """Estimate a config, by formulas or from its compiled program."""
+    """Estimate a config, from the trace of its step or from its compiled program."""
     validate(config, target.size)
     sizes = resolve_mesh(config.mesh, target.size)
     structure = estimate.structure_of(config)
     chosen, why = estimate.attention_of(config, sizes, estimate.one_device(target))
-    guess = estimate.make_estimator(config, target)(config, sizes, structure)
+    guess = estimate.of_config(config, target)
     known = roofline.efficiencies(target.kind, estimate.efficiencies_path(config))
     plan = Plan(
         config, target, sizes, structure, "analytic", guess.cost, guess.cost.peak, guess.time,
@@ -103,7 +103,7 @@ def make_plan(config: cfg.Config, target: Target, analytic: bool) -> Plan:
 
 
 def cost_of(result: dict[str, Any], guess: Cost) -> Cost:
-    """The Cost of a compiled program; of a refused one that left no schedule, that of formulas.
+    """The Cost of a compiled program; of a refused one that left no schedule, that of its trace.
 
     What the compiler says that it needs is then the peak.
     """
@@ -117,7 +117,7 @@ def refusal_lines(result: dict[str, Any]) -> list[str]:
     """The words of a compiler that refused a program."""
     if not result["refused"]:
         return []
-    without = "" if result["cost"] else "; all but the memory it needs is by formulas"
+    without = "" if result["cost"] else "; all but the memory it needs is from its trace"
     return [f"the compiler refuses the program{without}: {result['refused']['message']}"]
 
 
@@ -132,9 +132,10 @@ def lint_lines(config: cfg.Config, target: Target, structure: Structure) -> tupl
 def measure_seconds(config: cfg.Config, target: Target) -> dict[str, Any]:
     """A compiled config's peak, step time and limit: what fit.py and the search compare."""
     result = compiled.measure(config, target)
-    sizes, structure = resolve_mesh(config.mesh, target.size), estimate.structure_of(config)
-    guess = estimate.make_estimator(config, target)(config, sizes, structure)
-    taken = cost_of(result, guess.cost)
+    if result["cost"] is None:
+        taken = cost_of(result, estimate.of_config(config, target).cost)
+    else:
+        taken = cost.from_json(result["cost"])
     known = roofline.efficiencies(target.kind, estimate.efficiencies_path(config))
     time = roofline.estimate(taken, target, known)
     return result | {

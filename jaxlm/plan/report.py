@@ -44,7 +44,7 @@ def head(plan: dict[str, Any]) -> list[str]:
     """What was planned, and how."""
     target, settings = plan["target"], plan["settings"]
     mesh = mesh_text(plan["mesh"], plan["dcn"])
-    how = "by formulas, nothing compiled"
+    how = "from the trace of the step, nothing compiled"
     if plan["method"] == "compiled":
         how = f"compiled in {plan['compile_seconds']:.0f} s" + ", from the cache" * plan["cached"]
     lines = [
@@ -61,11 +61,11 @@ def head(plan: dict[str, Any]) -> list[str]:
 
 
 def refusal(memory: dict[str, Any]) -> str:
-    """What a compiler says of a program that does not fit, beside the formulas."""
+    """What a compiler says of a program that does not fit, beside what its trace says."""
     refused = memory["refused"]
     return (
         f"the compiler refuses the program: it needs {size(refused['needed_bytes'])} of "
-        f"{size(refused['available_bytes'])} that it may use; formulas say "
+        f"{size(refused['available_bytes'])} that it may use; the trace says "
         f"{size(memory['formulas_bytes'])}"
     )
 

@@ -1,0 +1,65 @@
+"""What each platform's compiler does, as far as a plan depends on it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxlm.hardware.target import Target
+from jaxlm.plan.walk import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """One platform."""
+
+    scatters: bool = True  # there is a reduce-scatter; else an all-reduce stands for it
+    wire: int = 1  # bytes of a float on its way between devices, at least
+    merges: bool = True  # two sums over devices that are added are made as one
+    hoists: bool = (
+        False  # also what is larger than its operands leaves a loop in which it is the same
+    )
+
+    early: bool = False  # constants are made at the start, and not where they are read first
+
+    masks: bool = False  # a product of groups is a dense one of copies of its rows, masked for each
+
+    def bytes(self, array: Array, sizes: dict[str, int]) -> float:
+        """In device memory."""
+        return 0.0 if array.host else float(array.bytes(sizes))
+
+    # The part of the bytes of collectives that the compiler leaves blocking (BLOCKING).
+    blocks: tuple[float, float, float, float, float] = (1, 1, 1, 1, 1)
+
+    def blocking(self, kind: str, early: bool, looped: bool) -> float:
+        """The part of a collective's bytes that nothing hides."""
+        gather, reduce, late, between, permute = self.blocks
+        if kind == "collective-permute":
+            return permute
+        if early and kind == "all-gather":
+            return gather
+        if not looped:
+            return late
+        return reduce if kind in ("reduce-scatter", "all-reduce") and not early else between
+
+
+FACTS = {
+    "tpu": Facts(),
+    "gpu": Facts(masks=True),
+    "cpu": Facts(
+        scatters=False, wire=4, merges=False, hoists=True, early=True,
+        masks=True,
+    ),
+}  # fmt: skip
+# As the programs of benchmarks/ranking.py show (2026-11-25): gathers of weights that could start
+# early, sums of gradients in a loop, those after it, what lies between two operations, permutes.
+# libtpu starts gathers early on v5e alone, XLA:GPU hides all of those.
+BLOCKING = {
+    "v5e": (0.5, 1.0, 1.0, 0.9, 0.0), "tpu": (1.0, 1.0, 1.0, 1.0, 0.0),
+    "gpu": (0.0, 0.6, 0.2, 0.25, 0.0), "cpu": (1.0, 1.0, 1.0, 1.0, 1.0),
+}  # fmt: skip
+
+
+def find_facts(target: Target) -> Facts:
+    """What the compiler of a target does."""
+    blocks = BLOCKING.get(target.name) or BLOCKING[target.platform]
+    return dataclasses.replace(FACTS[target.platform], blocks=blocks)

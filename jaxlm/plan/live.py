@@ -1,0 +1,223 @@
+"""Device memory of a traced step: which values are in memory, and when.
+
+The rule of what is written: products, collectives, loops, kernels, gathers, scatters, sorts and
+sums are; elementwise operations, casts, views and broadcasts are parts of what reads them (a
+fusion), unless a reader needs its operand in memory, or they are a result. A written value lives
+from the operation that makes it to the last that reads it, itself or through fused ones.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterable, Iterator
+
+from jaxlm.plan.facts import Facts
+from jaxlm.plan.walk import Body, Op
+from jaxlm.plan.work import Sizes, collectives, flops
+
+LOOPS = {"scan", "while", "cond"}
+# Their operands are in memory, and so are their results.
+ARRAYS = LOOPS | {
+    "dot_general", "ragged_dot_general", "pallas_call", "custom_call", "gather",
+    "scatter", "scatter-add", "sort", "cumsum", "top_k", "ppermute", "all_gather", "psum",
+    "reduce_scatter", "all_to_all", "ragged_all_to_all", "conv_general_dilated", "ffi_call",
+    "custom_vmap_call", "psum_invariant", "all_gather_invariant", "cumlogsumexp", "cummax",
+    "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper",
+    "dynamic_update_slice", "device_put",
+}  # fmt: skip
+
+
+class Memory:
+    """The largest sum of live values of a body, and which they are.
+
+    What the body starts with lies outside of it, and is not counted; nor is a result that can take
+    the place of what it replaces (`pairs`: what a loop carries, donated arguments).
+    """
+
+    def __init__(
+        self, body: Body, sizes: Sizes, facts: Facts, pairs: dict[int, int],
+        slices: Iterable[int] = (), repeats: bool = False,
+    ) -> None:  # fmt: skip
+        self.body, self.sizes, self.facts, self.pairs = body, sizes, facts, pairs
+        self.made = {v: op for op in body.ops for v in op.outputs}
+        self.slices = set(slices)  # of stacked arrays: parts of what reads them
+        self.outer = set(body.inputs) - self.slices
+        self.sent = {id(op): list(collectives(body, op, sizes, facts)) for op in body.ops}
+        self.products = {
+            id(op): flops(body, op, sizes) > 0 for op in body.ops if op.name == "dot_general"
+        }
+        self.kept = self._kept()
+        self.memo: dict[int, frozenset[int]] = {}
+        self.inner: dict[int, list[Memory]] = {}  # of loops
+        self.at: Op | None = None  # what runs at the peak
+        self.peak, self.live = self._run()
+        if repeats:
+            self.peak += self._zeros()
+
+    def moved(self) -> Iterator[tuple[Op, float]]:
+        """(operation, bytes that it reads from and writes to memory) of what is no loop."""
+        for op in self.body.ops:
+            if op.name in LOOPS or not (self.whole(op) or any(v in self.kept for v in op.outputs)):
+                continue
+            reads = {root for v in op.inputs if v is not None for root in self.roots(v)}
+            if op.name in ("gather", "dynamic_slice"):  # only the rows that it takes are read
+                reads = set()
+            written = sum(self.size(v) for v in op.outputs)
+            if op.name in ("dynamic_update_slice", "scatter-add", "scatter") and op.inputs[-1]:
+                written, reads = 3 * self.size(op.inputs[-1]), set()
+                if op.name == "dynamic_update_slice" and op.inputs[1] is not None:
+                    written = 2 * self.size(op.inputs[1])
+            yield op, written + sum(map(self.size, reads))
+
+    def size(self, number: int) -> float:
+        """Bytes of a value."""
+        return self.facts.bytes(self.body.arrays[number], self.sizes)
+
+    def whole(self, op: Op) -> bool:
+        """Whether its operands and results are arrays in memory."""
+        if op.name == "dot_general":  # else elementwise work, or a sum of it
+            return self.products[id(op)]
+        return op.name in ARRAYS or bool(op.name == "reshard" and self.sent[id(op)])
+
+    def sums(self, op: Op) -> bool:
+        """Whether it adds up what is computed elementwise."""
+        if op.name == "dot_general":
+            return not self.whole(op) and bool(op.params["dimension_numbers"][0][0])
+        return op.name.startswith(("reduce_", "arg"))
+
+    def _kept(self) -> set[int]:
+        kept = {v for v in self.body.outputs if v is not None}
+        for op in self.body.ops:
+            if self.whole(op):
+                kept.update(self._shown(v) for v in op.inputs if v is not None)
+            if self.whole(op) or self.sums(op):
+                kept.update(op.outputs)
+        return kept
+
+    def _sources(self, op: Op) -> bool:
+        """Whether a value depends on anything; else it is a constant."""
+        return self.whole(op) or any(self.roots(v) for v in op.inputs if v is not None)
+
+    def _shown(self, number: int) -> int:
+        """What a chain of views shows: it needs no memory of its own."""
+        while (op := self.made.get(number)) and op.name in VIEWS and not self.whole(op):
+            if op.inputs[0] is None:
+                break
+            number = op.inputs[0]
+        return number
+
+    def roots(self, number: int) -> frozenset[int]:
+        """The written values that a value is computed from."""
+        if number in self.kept or number in self.outer:
+            return frozenset((number,))
+        if number not in self.memo:
+            op = self.made.get(number)
+            parts = [] if op is None else [self.roots(v) for v in op.inputs if v is not None]
+            self.memo[number] = frozenset().union(*parts)
+        return self.memo[number]
+
+    def _run(self) -> tuple[float, dict[int, float]]:
+        ops, last, first = self.body.ops, {}, {}
+        for k, op in enumerate(ops):
+            if self.whole(op) or any(v in self.kept for v in op.outputs):
+                for root in {root for v in op.inputs if v is not None for root in self.roots(v)}:
+                    last[root] = k
+                    first.setdefault(root, k)
+        end = len(ops)
+        results = {v for v in self.body.outputs if v is not None}
+        last |= dict.fromkeys(results, end)
+        births, deaths = collections.defaultdict(list), collections.defaultdict(list)
+        for v in self.slices & self.kept & first.keys():
+            births[first[v]].append(v)
+        for k, op in enumerate(ops):
+            for v in op.outputs:
+                if v in self.kept and v in last and not self._in_place(v, k, op, last):
+                    late = not self.whole(op) and v not in results
+                    early = self.facts.early and not self._sources(op)
+                    births[0 if early else first[v] if late else k].append(v)
+        for v, k in last.items():
+            deaths[k].append(v)
+        live: dict[int, float] = {}
+        peak, best = 0.0, {}
+        for k, op in enumerate(ops):
+            inner, inside = self._inside(op)
+            live |= {v: self.size(v) for v in births[k]}
+            shared = self._shared(op, births[k], deaths[k], live)
+            held = {v: 0.0 if v in shared else size for v, size in live.items()}
+            now = sum(held.values()) + inner
+            if now > peak:
+                peak, best, self.at = now, held | inside, op
+            for v in deaths[k]:
+                live.pop(v, None)
+        return peak, best
+
+    def _zeros(self) -> float:
+        """What mapped loops in a loop stack starts as zeros, which the outer one holds.
+
+        Equal ones are one. Seen in programs of all platforms under vmap, and only there.
+        """
+        kinds = {}
+        for op in self.body.ops:
+            if op.name == "scan" and "vmap(" in op.scope:
+                for v in op.outputs[op.params["num_carry"] :]:
+                    array = self.body.arrays[v]
+                    kinds[array.local(self.sizes), array.width] = self.size(v)
+        return sum(kinds.values())
+
+    def children(self, op: Op) -> Iterator[Memory]:
+        """The bodies of a loop."""
+        for body in op.bodies:
+            pairs, slices = {}, []
+            if op.name == "scan":
+                consts, carried = op.params["num_consts"], op.params["num_carry"]
+                slices = body.inputs[consts + carried :]
+                carries = zip(body.outputs, body.inputs[consts:], strict=False)
+                pairs = {out: v for out, v in list(carries)[:carried] if out is not None}
+            repeats = op.name == "scan" and op.params["length"] > 1
+            yield Memory(body, self.sizes, self.facts, pairs, slices, repeats)
+
+    def _inside(self, op: Op) -> tuple[float, dict[int, float]]:
+        """The peak of what a loop holds beside its operands and results."""
+        inner, inside = 0.0, {}
+        if op.name == "ragged_dot_general" and self.facts.masks and None not in op.inputs:
+            groups = math.prod(self.body.arrays[op.inputs[2]].local(self.sizes))
+            inner = groups * self.size(self._shown(op.inputs[0]))
+        self.inner[id(op)] = list(self.children(op))
+        for found in self.inner[id(op)]:
+            if found.peak >= inner:
+                inner, inside = found.peak, found.live
+
+        return inner, inside
+
+    def _in_place(self, number: int, k: int, op: Op, last: dict[int, int]) -> bool:
+        """Whether a result lies where the operand that it replaces was, which is read no more."""
+        if number not in self.pairs:
+            return False
+        until = last.get(self.pairs[number], -1)
+        return until < k or (until == k and self._overwrites(op))
+
+    def _overwrites(self, op: Op) -> bool:
+        """Whether an operation can write where it reads."""
+        return not self.whole(op) or op.name in IN_PLACE
+
+    def _shared(
+        self, op: Op, made: list[int], dying: list[int], live: dict[int, float]
+    ) -> set[int]:
+        """The results that lie where an operand was that nobody reads any more."""
+        if not self._overwrites(op):
+            return set()
+        free = collections.Counter(live.get(v, 0.0) for v in dying if v not in op.outputs)
+        found = set()
+        for v in made:
+            if v in op.outputs and free[live[v]] > 0:
+                free[live[v]] -= 1
+                found.add(v)
+        return found
+
+
+IN_PLACE = LOOPS | {"scatter", "scatter-add", "dynamic_update_slice"}
+VIEWS = {
+    "reshape", "transpose", "squeeze", "expand_dims", "retype", "reshard", "name", "copy",
+    "stop_gradient", "optimization_barrier",
+}  # fmt: skip
