@@ -22,6 +22,7 @@ from jaxlm.config import FAMILIES, SHARED
 from jaxlm.interop.name_map import first_layers, tensors
 from jaxlm.mesh import open_mesh
 from jaxlm.models.layers import RMSNorm
+from jaxlm.program import make_program, trace_train_step
 from jaxlm.state import model_structure
 
 
@@ -128,3 +129,13 @@ def test_a_norm_with_an_offset_keeps_small_scales():
     rms = np.sqrt(np.mean(np.square(x_BSD), -1, keepdims=True) + config.model.norm_epsilon)
     np.testing.assert_allclose(first, x_BSD / rms, rtol=1e-5)
     assert np.float32(1) + np.float32(1e-9) == 1
+
+
+@pytest.mark.parametrize("layers, barriers", [(1, True), (2, False)])
+def test_what_is_recomputed_waits_for_the_backward_pass(layers, barriers):
+    """A loop keeps it there by itself, but XLA dissolves a loop that runs once."""
+    config = tiny.config("llama", f"model.num_layers={layers}")
+    program = make_program(config, jax.devices()[:1])
+    text = trace_train_step(config, program).lower().as_text()
+    chunks = config.loss.chunks  # the head's loop has more than one
+    assert chunks > 1 and ("optimization_barrier" in text) == barriers

@@ -100,13 +100,18 @@ def run_group(blocks: list, x_BSD, table, positions_BS, segments_BS, layout: Lay
         return x_BSD, (None if caches is None else new, aux)
 
     if cache is None:
-        body = rematerialize(body, layout.remat)
+        body = rematerialize(body, layout.remat, once=len(jax.tree.leaves(blocks)[0]) == 1)
     x_BSD, (cache, aux) = jax.lax.scan(body, x_BSD, (blocks, cache))
     return x_BSD, cache, aux
 
 
-def rematerialize(body, remat: cfg.Remat):
-    """Wrap a scan body so that the backward pass recomputes what the policy does not keep."""
+def rematerialize(body, remat: cfg.Remat, once: bool):
+    """Wrap a scan body so that the backward pass recomputes what the policy does not keep.
+
+    XLA dissolves a loop that runs `once`. It would then take the recomputation out of the backward
+    pass: kept in memory after all, and on CPUs at the same time as the head's backward pass, where
+    devices that meet their collectives in another order wait for each other for ever.
+    """
     policies = jax.checkpoint_policies
     if remat.policy == "none":
         return body
@@ -124,7 +129,7 @@ def rematerialize(body, remat: cfg.Remat):
         policy = policies.save_only_these_names(*remat.names)
     else:
         assert remat.policy == "full", remat.policy
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    return jax.checkpoint(body, policy=policy, prevent_cse=once)
 
 
 def _keep_dots(primitive, *operands, **params) -> bool:
