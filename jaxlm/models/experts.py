@@ -239,8 +239,8 @@ def _sorted(expert_N, choices: int, held: int, axes, ragged) -> Way:
     """All experts are here."""
     del axes, ragged
     order_N1 = jnp.argsort(expert_N, stable=True)[:, None]
-    back_N1 = _invert(order_N1[:, 0], expert_N.size)[:, None]
-    token_N1, back_nK = order_N1 // choices, back_N1.reshape(-1, choices)
+    back_N = _invert(order_N1[:, 0], expert_N.size)
+    token_N1, back_N1, back_nK = order_N1 // choices, back_N[:, None], back_N.reshape(-1, choices)
     go = lambda x_nD, gate_N1: (
         take_sum(x_nD, token_N1, back_nK),
         take_sum(gate_N1, order_N1, back_N1),
