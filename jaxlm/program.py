@@ -45,7 +45,11 @@ class Program(NamedTuple):
 
 def make_program(config: cfg.Config, found: list | None = None) -> Program:
     """The train step of a config on these devices (None: all that there are)."""
-    mesh, layout = open_mesh(config, found)
+    return program_on(config, *open_mesh(config, found))
+
+
+def program_on(config: cfg.Config, mesh: Mesh, layout: Layout) -> Program:
+    """The train step of a config on a mesh."""
     with jax.set_mesh(mesh):
         structure = model_structure(config.model, layout)
     optimizer = optim.make_optimizer(config.optimizer, config.steps, structure.dims)
@@ -67,6 +71,14 @@ def trace_train_step(config: cfg.Config, program: Program) -> jax.stages.Traced:
     with jax.set_mesh(mesh):
         state = abstract_state(config, layout, program.optimizer, mesh)
         return program.train_step.trace(state, batch)
+
+
+def turns(config: cfg.Config, layout: Layout) -> int:
+    """Trips of the step's loop over microbatches; with stages, over the ticks that do all work."""
+    if layout.size("layers") == 1:
+        return config.batch.microbatches
+    schedule = pipeline.make_schedule(config, layout)
+    return schedule.ticks - schedule.warmup
 
 
 def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, optimizer, options):
@@ -131,7 +143,7 @@ def accumulate(config: cfg.Config, structure: Structure, params, fixed, batch, l
     parts = split_batch(batch, config.batch.microbatches)
     parts["aux_weight"] = aux_weights(batch, parts)
     first = jax.tree.map(lambda x: x[0], parts)
-    (_, aux), _ = jax.eval_shape(grad_fn, params, fixed, first)
+    _, aux = jax.eval_shape(loss, params, fixed, first)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
     sums, _ = jax.lax.scan(add, (zeros, jax.tree.map(_unreduced_zeros, params)), parts)
     return sums

@@ -7,6 +7,7 @@ sequence, D embed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jaxlm.state import Arrays, Structure
 TABLES = ("embed", "positions")  # parameters of the embedding
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stages:
     """The parts of a tick; arrays of a chunk have no stage inside vmap."""
 
@@ -165,7 +166,17 @@ class Stages:
         names = [name for name in ("positions", "segments") if name in parts]
         return *chosen, *(pick_part(parts[name], item.microbatch) for name in names)
 
-    def forward(self, layers, frozen, x_ZBSD, item: Item, parts: Arrays) -> jax.Array:
+    @functools.cached_property
+    def forward(self):
+        """`run_forward`, traced once for all phases of the schedule."""
+        return jax.jit(self.run_forward, inline=True)
+
+    @functools.cached_property
+    def backward(self):
+        """`run_backward`, traced once."""
+        return jax.jit(self.run_backward, inline=True)
+
+    def run_forward(self, layers, frozen, x_ZBSD, item: Item, parts: Arrays) -> jax.Array:
         """Every stage runs its chunk."""
 
         def one(params, fixed, x_BSD, positions_BS, segments_BS=None):
@@ -175,7 +186,7 @@ class Stages:
         params, fixed, *rest = self.inputs(layers, frozen, item, parts)
         return jax.vmap(one)(params, fixed, x_ZBSD, *rest)
 
-    def backward(self, layers, frozen, x_ZBSD, g_ZBSD, item: Item, parts: Arrays):
+    def run_backward(self, layers, frozen, x_ZBSD, g_ZBSD, item: Item, parts: Arrays):
         """Every stage differentiates its chunk: gradients, cotangents of x, aux."""
 
         def one(params, fixed, x_BSD, g_BSD, valid, weight, positions_BS, segments_BS=None):
