@@ -239,6 +239,7 @@ def test_a_batch_in_which_nothing_counts_leaves_no_nan(data):
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(jax.device_get(state)))
 
 
+@pytest.mark.oldest
 def test_the_state_is_donated(data):
     mesh, layout, structure, optimizer, state, batch = open_run(
         config := tiny.config("llama", f"data.path={data}", *MESH), 8
@@ -298,6 +299,7 @@ def products(*overrides: str, family: str = "llama") -> int:
     return traced.lower().as_text().count("stablehlo.dot_general")
 
 
+@pytest.mark.oldest
 def test_remat_recomputes_what_it_does_not_keep():
     none, dots, full = (products(f"remat.policy={name}") for name in ("none", "dots", "full"))
     # All of a layer but `down`, on whose result no gradient depends: q, k, v, o, gate, up, two of
@@ -310,6 +312,7 @@ def test_remat_recomputes_what_it_does_not_keep():
     assert keep("query,key,value,attention,mlp") == full - 6
 
 
+@pytest.mark.oldest
 def test_dots_keeps_no_biases():
     """GPT-2's five biases are products with ones, recomputed under either policy."""
     biases = "model.biases={}".format
@@ -318,6 +321,7 @@ def test_dots_keeps_no_biases():
     assert extra("dots") == extra("full") > extra("none")
 
 
+@pytest.mark.oldest
 def test_offloaded_activations_wait_on_the_host():
     kept = ["remat.policy=names", "remat.names=[mlp,query]"]
     for offload in ([], ["remat.offload=[mlp]"]):
