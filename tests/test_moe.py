@@ -191,17 +191,13 @@ def test_slots_go_to_first_choices_then_to_earlier_tokens(monkeypatch):
 # Whole models, on many meshes.
 
 
-def gradients(config, count, made=None):
+def gradients(config, count, made):
     """Loss, aux and every gradient at the initial parameters, means over tokens of a batch."""
     mesh, layout, structure, optimizer, *_ = make_program(config, jax.devices()[:count])
     with jax.set_mesh(mesh):
         state = create_state(config, layout, optimizer, mesh)
         shardings = batch_shardings(config, layout, mesh)
-        if made is None:
-            split = open_split(config.data.path, "train")
-            batch = next(load.batches(split, config.batch, 0, shardings))
-        else:
-            batch = {name: jax.device_put(made[name], place) for name, place in shardings.items()}
+        batch = {name: jax.device_put(made[name], place) for name, place in shardings.items()}
         sums = jax.jit(lambda s, b: loss_and_grads(config, structure, s, b, layout))
         loss, weight, grads, aux = jax.device_get(sums(state, batch))
     return loss / weight, {n: g / weight for n, g in grads.items()}, {
@@ -212,10 +208,7 @@ def gradients(config, count, made=None):
 @pytest.fixture(scope="module")
 def references(data):
     return functools.cache(
-        lambda case, *overrides: (
-            tiny.run(make_config(case, data, *overrides), 1, steps=10),
-            gradients(make_config(case, data, *overrides), 1),
-        )
+        lambda case, *overrides: tiny.run_and_gradients(make_config(case, data, *overrides), 1)
     )
 
 
@@ -233,12 +226,12 @@ def assert_same_gradients(found, expected):
 def test_every_layout_is_the_same_run(case, count, mesh, data, references):
     config = make_config(case, data, *mesh)
     (expected, initial, _, state), expected_grads = references(case)
-    losses, own, _, own_state = tiny.run(config, count, steps=10)
+    (losses, own, _, own_state), grads = tiny.run_and_gradients(config, count)
     for name, value in initial.items():
         np.testing.assert_array_equal(own[name], value, err_msg=name)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert expected[-1] < expected[0]
-    assert_same_gradients(gradients(config, count), expected_grads)
+    assert_same_gradients(grads, expected_grads)
     for name, value in state.fixed.items():  # biases moved, and alike
         assert name.endswith("moe.bias") and np.abs(value).max() > 0
         np.testing.assert_allclose(own_state.fixed[name], value, atol=1e-6)
@@ -249,9 +242,8 @@ def test_microbatches_hold_the_same_rows_on_every_mesh(data, references):
     """The balance loss is of a microbatch: it depends on which rows are together."""
     parts = "batch.microbatches=2"
     _, expected = references("mixtral", parts)
-    assert_same_gradients(
-        gradients(make_config("mixtral", data, parts, "mesh.expert=2", "mesh.data=2"), 4), expected
-    )
+    config = make_config("mixtral", data, parts, "mesh.expert=2", "mesh.data=2")
+    assert_same_gradients(tiny.run_and_gradients(config, 4, steps=1)[1], expected)
     whole = references("mixtral")[1]
     name = "router/balance_loss"
     assert expected[2][name] != pytest.approx(whole[2][name], rel=1e-6)  # the test can fail
@@ -335,9 +327,9 @@ def test_dropless_experts_and_biases_under_stages_are_the_same_run(data, referen
         "qwen3_moe, as DeepSeek", data, parts, "mesh.stage=2", "mesh.expert=2", "mesh.tensor=2"
     )
     (expected, *_, state), gradients_there = references("qwen3_moe, as DeepSeek", parts)
-    losses, *_, own_state = tiny.run(config, 8, steps=10)
+    (losses, *_, own_state), grads = tiny.run_and_gradients(config, 8)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert_same_gradients(gradients(config, 8), gradients_there)
+    assert_same_gradients(grads, gradients_there)
     ((name, bias),) = state.fixed.items()
     assert len(np.unique(bias)) > 2 and not np.array_equal(bias[0], bias[1])  # it can fail
     np.testing.assert_allclose(own_state.fixed[name], bias, atol=1e-6)
