@@ -93,6 +93,11 @@ def command(*arguments: str, **settings) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def nightly(*values):
+    """A parameter of a test whose claim others hold every day."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
 def finish(process: subprocess.Popen) -> str:
     """The output of a command that succeeds."""
     out, err = process.communicate(timeout=300)
