@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-# Unoptimized machine code: the same HLO, compiled in half the time. Runs in processes of their own
-# (tests/tiny.py) have the code that users run.
+# Unoptimized machine code: the same HLO, compiled in half the time. The processes that
+# test_checkpoint, test_devices and test_generate start have the code that users run.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
