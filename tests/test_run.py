@@ -37,11 +37,13 @@ def alone(data, tmp_path_factory):
     return run_dir, output
 
 
-def start(run_dir, data, *overrides, common=COMMON, **settings):
+def train(run_dir, data, common=COMMON):
     where = [f"run.dir={run_dir}", f"data.path={data}"]
-    return tiny.command(
-        "train", tiny.CONFIGS / "llama.yaml", *where, *common, *overrides, **settings
-    )
+    return ["train", str(tiny.CONFIGS / "llama.yaml"), *where, *common]
+
+
+def start(run_dir, data, *overrides, common=COMMON):
+    return tiny.command(*train(run_dir, data, common), *overrides)
 
 
 def test_a_run_writes_what_is_promised(alone):
@@ -78,13 +80,14 @@ def wait_for(reached):
         time.sleep(0.05)
 
 
-def test_resumed_on_another_mesh_the_losses_agree(alone, data, tmp_path):
+def test_resumed_on_another_mesh_the_losses_agree(alone, data, tmp_path, caplog):
     run_dir = tmp_path / "run"
     shutil.copytree(alone[0], run_dir)
     for step in range(10, STEPS + 1, 5):
         shutil.rmtree(run_dir / "checkpoints" / str(step))
-    mesh = ["mesh.fsdp=2", "mesh.tensor=2"]
-    assert "resumed at step 5" in tiny.finish(start(run_dir, data, *mesh))
+    here = ["devices.simulate=0", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    assert main([*train(run_dir, data), *here]) == 0
+    assert "resumed at step 5" in caplog.text
     losses, expected = tiny.losses(run_dir), tiny.losses(alone[0])
     assert losses.keys() == expected.keys()
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
@@ -97,7 +100,8 @@ def test_two_processes_train_the_same_run(mesh, alone, data, tmp_path, capsys):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = [f"devices.coordinator=localhost:{port}", "devices.num_processes=2"]
-    common = ["devices.simulate=2", *COMMON[2:], *mesh, f"checkpoint.every={STEPS}"]
+    common = ["devices.simulate=2", *COMMON[2:], *mesh]
+    common += [f"checkpoint.every={STEPS}", f"eval.every={STEPS}"]
     processes = [
         start(run_dir, data, *together, f"devices.process_id={i}", common=common) for i in (0, 1)
     ]
@@ -227,20 +231,15 @@ def test_texts_end_where_those_of_the_first_weights_did(tmp_path, data):
     assert other.separators == Separators(0, 0), "ids of another tokenizer"
 
 
-def test_a_run_starts_from_imported_weights(alone, data, tmp_path, capsys):
+def test_a_run_starts_from_given_weights_and_names_another_model(alone, data, tmp_path, caplog):
     run_dir, _ = alone
     arguments = ["train", str(tiny.CONFIGS / "llama.yaml"), f"data.path={data}", "steps=2"]
     arguments += [f"run.dir={tmp_path / 'tuned'}", f"checkpoint.start_from={run_dir}"]
-    assert main([*arguments, "mesh.data=8", "optimizer.train=[groups.*]"]) == 0
+    arguments += ["mesh.data=8", "optimizer.train=[groups.*]", "model.rope_theta=12000"]
+    assert main(arguments) == 0
     tuned, scratch = tiny.losses(tmp_path / "tuned")[1], tiny.losses(run_dir)[1]
     assert tuned < 0.8 * scratch
-
-
-def test_another_model_to_start_from_is_named(alone, data, tmp_path, caplog):
-    arguments = ["train", str(tiny.CONFIGS / "llama.yaml"), f"data.path={data}", "steps=1"]
-    arguments += [f"run.dir={tmp_path / 'tuned'}", f"checkpoint.start_from={alone[0]}"]
-    assert main([*arguments, "mesh.data=8", "model.rope_theta=500000"]) == 0
-    assert "checkpoint.start_from: model.rope_theta=10000.0 there, 500000.0 here" in caplog.text
+    assert "checkpoint.start_from: model.rope_theta=10000.0 there, 12000.0 here" in caplog.text
 
 
 def test_data_that_holds_nothing_out_is_trained_on(tmp_path, caplog):

@@ -83,13 +83,13 @@ def run_and_gradients(config, num_devices: int, steps: int = 10):
     return run(config, num_devices, steps, watch), tuple(first)
 
 
-def command(*arguments: str, **settings) -> subprocess.Popen:
+def command(*arguments: str) -> subprocess.Popen:
     """`jaxlm ARGUMENTS` in a process of its own, with real CPU devices only."""
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
         [sys.executable, "-m", "jaxlm", *map(str, arguments)],
         env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
