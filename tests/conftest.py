@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-# Unoptimized machine code: the same HLO, compiled in half the time. The processes that
-# test_checkpoint, test_devices and test_generate start have the code that users run.
+# Unoptimized machine code: the same HLO, compiled in half the time. So have processes that tests
+# start, but those of test_devices, which have the code that users run.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
