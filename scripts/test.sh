@@ -17,4 +17,5 @@ part() { # NAME COMMAND...
 "$venv/bin/ruff" format --check .
 part lint "$venv/bin/ruff" check .
 part types "$venv/bin/pyright" --pythonpath "$venv/bin/python"
-part tests "$venv/bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal "$@"
+part tests "$venv/bin/python" -m pytest --numprocesses=auto --maxprocesses=4 \
+    --dist=loadfile --no-loadscope-reorder "$@"

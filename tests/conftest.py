@@ -4,14 +4,15 @@
 that carry the mark. `-m oldest` is what also runs on the oldest Python and jax.
 """
 
+import gc
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
-# Unoptimized machine code: the same HLO, compiled in half the time. Runs in processes of their own
-# (tests/tiny.py) have the code that users run.
+# Unoptimized machine code: the same HLO, compiled in half the time. So have processes that tests
+# start, but those of test_devices, which have the code that users run.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
@@ -36,21 +37,36 @@ def data(tmp_path_factory):
     return tiny.make_data(tmp_path_factory.mktemp("data") / "tokens")
 
 
-# Files whose tests compile steps of a model or start runs.
-SLOW = set(
-    "analytic attention audit checkpoint compile context devices evaluate every_layout families "
-    "gemma generate hlo interop layouts liveness moe optim overflow parity pipeline plan "
-    "plan_memory qwen records round_trip run tokenizer_files train verify walk".split()
-)
-# Of these, what on an older jax may fail or compute something else: each of its transformations
-# and kinds of parallelism (every_layout), rules of optimizers, and numbers against an oracle.
-OLDEST = {"attention", "every_layout", "optim", "parity", "train"}
+# Files whose tests compile steps of a model or start runs, the longest first: every worker takes a
+# file at a time, and none is left with a long one when the others are done.
+SLOW = (
+    "verify every_layout pipeline moe context run train parity layouts gemma generate optim "
+    "records attention tokenizer_files walk audit devices checkpoint qwen plan round_trip analytic "
+    "compile evaluate families hlo interop liveness overflow plan_memory"
+).split()
+# Of these, what on an older jax may fail or compute something else: its transformations in every
+# kind of parallelism, rules of optimizers, and numbers against an oracle. Single tests carry the
+# mark themselves.
+OLDEST = {"attention", "every_layout", "optim", "parity"}
+
+
+def pytest_collection_finish():
+    """Python looks for garbage less often: what was imported is kept, and tracing makes little."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
+
+
+def name_of(item) -> str:
+    return Path(item.path).stem.removeprefix("test_")
 
 
 def pytest_collection_modifyitems(items):
-    """Mark tests by their file."""
+    """Order and mark tests by their file."""
+    rank = {name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(name_of(item), len(rank)))
     for item in items:
-        name = Path(item.path).stem.removeprefix("test_")
+        name = name_of(item)
         if name in SLOW:
             item.add_marker("slow")
         if name not in SLOW or name in OLDEST:

@@ -44,8 +44,14 @@ def references(data):
     return reference
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
-@pytest.mark.parametrize("family, optimizer", [("llama", "adamw"), ("gpt2", "muon")])
+# Each day with one family: gpt2 is on every axis in test_every_layout.py, Muon in test_optim.py.
+BOTH = "data x fsdp x tensor"
+MUON = [("gpt2", "muon", BOTH), *(tiny.nightly("gpt2", "muon", n) for n in LAYOUTS if n != BOTH)]
+
+
+@pytest.mark.parametrize(
+    "family, optimizer, layout", [("llama", "adamw", name) for name in list(LAYOUTS)[1:]] + MUON
+)
 def test_every_layout_is_the_same_run(layout, family, optimizer, data, references):
     count, mesh = LAYOUTS[layout]
     config = tiny.config(family, f"data.path={data}", f"optimizer.name={optimizer}", *mesh)

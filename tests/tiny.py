@@ -42,8 +42,11 @@ def make_data(out: Path) -> Path:
     return out
 
 
-def run(config, num_devices: int, steps: int = 20):
-    """(losses, initial params, first batch, state) of a run on the first devices."""
+def run(config, num_devices: int, steps: int = 20, watch=lambda state, metrics: None):
+    """(losses, initial params, first batch, state) of a run on the first devices.
+
+    `watch` is called with the state and metrics of every step.
+    """
     mesh, layout, _, optimizer, train_step, _ = make_program(config, jax.devices()[:num_devices])
     with jax.set_mesh(mesh):
         state = create_state(config, layout, optimizer, mesh)
@@ -60,19 +63,39 @@ def run(config, num_devices: int, steps: int = 20):
             if first is None:
                 first = {name: np.asarray(value)[:, natural] for name, value in batch.items()}
             state, metrics = train_step(state, batch)
+            watch(state, metrics)
             losses.append(float(metrics["loss"]))
         assert train_step._cache_size() == 1
     return losses, initial, first, state
 
 
-def command(*arguments: str, **settings) -> subprocess.Popen:
+def run_and_gradients(config, num_devices: int, steps: int = 10):
+    """(run, (loss, gradients, metrics) of its first step), which AdamW's mean then holds."""
+    first, own = [], config.optimizer
+    assert own.name == "adamw"
+
+    def watch(state, metrics):
+        if not first:
+            metrics, mean = jax.device_get((metrics, state.opt[0].mu))
+            scale = max(metrics["grad_norm"] / own.clip_norm, 1) / (1 - own.b1)
+            first.extend((metrics["loss"], {n: m * scale for n, m in mean.items()}, metrics))
+
+    return run(config, num_devices, steps, watch), tuple(first)
+
+
+def command(*arguments: str) -> subprocess.Popen:
     """`jaxlm ARGUMENTS` in a process of its own, with real CPU devices only."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
         [sys.executable, "-m", "jaxlm", *map(str, arguments)],
-        env=environment | {"JAX_PLATFORMS": "cpu"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
+        env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+def nightly(*values):
+    """A parameter of a test whose claim others hold every day."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
 
 
 def finish(process: subprocess.Popen) -> str:
