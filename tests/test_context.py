@@ -260,7 +260,7 @@ def moved(variant: str, n: int, backward: bool) -> dict[str, tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("n", [2, 4, tiny.nightly(8)])
 def test_bytes_of_the_ring(n):
     """k, v make n-1 hops forward; backward they make them again, and dk, dv n."""
     part = 4 * LENGTH // n * 8 * WIDTH
@@ -293,8 +293,10 @@ RUNS = {  # family, devices, mesh, what differs from the plain run on one device
     "fsdp, microbatches": (
         "llama", 4, ["mesh.context=2", "mesh.fsdp=2", "batch.microbatches=2"], [],
     ),
-    "tensor, a window": (
-        "llama", 8, ["mesh.context=2", "mesh.tensor=4"], ["model.sliding_window=7"],
+    "tensor, a window, kept by name": (
+        "llama", 8, ["mesh.context=2", "mesh.tensor=4", "remat.policy=names",
+                     "remat.names=[attention]"],
+        ["model.sliding_window=7"],
     ),
     "expert, gathered, no segments": (
         "gpt2", 8, ["mesh.context=4", "mesh.expert=2", "attention.context=all_gather"],
@@ -317,11 +319,11 @@ def reference(data, family: str, *overrides: str):
     return tiny.run(tiny.config(family, f"data.path={data}", *overrides), 1)
 
 
-# A ring with microbatches on fsdp is in test_every_layout.py too.
-DAILY = [case for case in RUNS if case != "fsdp, microbatches"]
+# A ring with microbatches on fsdp, and one of gpt2, are in test_every_layout.py too.
+DOUBLE = ("fsdp, microbatches", "kept by name")
 
 
-@pytest.mark.parametrize("case", [*DAILY, tiny.nightly("fsdp, microbatches")])
+@pytest.mark.parametrize("case", [tiny.nightly(c) if c in DOUBLE else c for c in RUNS])
 def test_a_split_sequence_is_the_same_run(case, data):
     family, count, mesh, both = RUNS[case]
     losses, initial, batch, _ = tiny.run(

@@ -2,7 +2,8 @@
 
 Seven triples in which each of the 21 pairs of axes meets once (a Fano plane), and every axis alone
 at its largest size; families and options are drawn by a seed, expert goes with the families that
-have experts. The nightly set holds more of the same: all pairs alone, and a dozen other triples.
+have experts. An axis alone is compared at the start: loss, metrics, gradients; triples are updated
+too. The nightly set holds more of the same: all pairs alone, and a dozen other triples.
 jaxlm/verify.py is the oracle.
 """
 
@@ -21,7 +22,7 @@ SEED = 96  # draws every family at least three times, every remat policy four ti
 DENSE, SPARSE = ("llama", "gpt2"), ("mixtral", "qwen3_moe")
 LARGEST = {"stage": 4, "tensor": 4, "expert": 4}  # layers, heads and experts of the tiny models
 VARIANTS = {  # of what one device computes; each is measured there once
-    "packed": ["batch.microbatches=2"],
+    "packed": ["batch.microbatches=2", "batch.sequences=16"],
     "whole, MHA": ["data.segments=false", "model.num_kv_heads=4", "batch.microbatches=4"],
 }
 REMAT = ("none", "full", "dots")
@@ -98,7 +99,8 @@ NIGHTLY = [pytest.param(layout, marks=pytest.mark.nightly, id=name(layout)) for 
 def test_a_layout_trains_the_same_model(layout):
     sizes, family, variant, remat = layout
     drawn = verify.replace_mesh(config(family, variant, f"remat.policy={remat}"), sizes)
-    result = verify.verify_mesh(drawn, reference(family, variant))
-    assert result.equal, result
+    start_only = len(sizes) == 1
+    _, bad, precision = verify._compare(drawn, reference(family, variant), start_only)
+    assert not bad
     # Rounding alone can choose another expert, where two are nearly tied; nothing else is excused.
-    assert result.precision == "float32" or family in SPARSE, result
+    assert precision == "float32" or family in SPARSE

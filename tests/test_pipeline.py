@@ -22,13 +22,17 @@ from jaxlm.state import create_state
 from jaxlm.xla import find_collectives, matmul_flops, mesh_axes, parse, walk
 
 LAYOUTS = {  # those of test_every_layout.py apart
-    "stage=4, M not a multiple": (4, 6, ["mesh.stage=4", "batch.sequences=12"]),
+    "stage=4, M not a multiple": (4, 6, ["mesh.stage=4"]),
     "fewer microbatches than stages": (4, 2, ["mesh.stage=4"]),
-    "repeats": (2, 4, ["mesh.stage=2", "pipeline.repeats=2"]),
     "repeats, more than stages": (2, 4, ["mesh.stage=2", "pipeline.repeats=4"]),
     "stage=4, repeats, data": (8, 4, ["mesh.stage=4", "mesh.data=2", "pipeline.repeats=2"]),
+    "repeats, gathered once a step": (
+        4, 4, ["mesh.stage=2", "mesh.fsdp=2", "pipeline.repeats=2", "gather_at=step"],
+    ),
+    "repeats": (2, 4, ["mesh.stage=2", "pipeline.repeats=2"]),
     "gathered once a step": (4, 4, ["mesh.stage=2", "mesh.fsdp=2", "gather_at=step"]),
-}
+}  # fmt: skip
+STEPPED = "repeats, gathered once a step"  # through ten steps
 FAMILIES = {"llama": [], "gpt2": ["model.tie_embeddings=true"]}
 
 
@@ -51,25 +55,33 @@ def uneven(batch, seed, order):
     return batch | {"weights": jax.device_put(weights, batch["weights"].sharding)}
 
 
-def measure(config, num_devices, steps):
-    """(initial parameters, loss_and_grads of the first batch, losses) on the host."""
+def measure(config, num_devices):
+    """(initial parameters, loss_and_grads of the first batch) on the host."""
     program, state, batches = open_run(config, num_devices)
     with jax.set_mesh(program.mesh):
         sums = jax.jit(lambda s, b: loss_and_grads(config, program.structure, s, b, program.layout))
-        found = jax.device_get((state.params, sums(state, batches[0])))
-        losses = []
-        for batch in batches[:steps]:
+        return jax.device_get((state.params, sums(state, batches[0])))
+
+
+def run_steps(config, num_devices):
+    """(initial parameters, loss and gradients of the first step, losses of ten)."""
+    program, state, batches = open_run(config, num_devices)
+    initial, first, losses = jax.device_get(state.params), (), []
+    with jax.set_mesh(program.mesh):
+        for batch in batches:
             state, metrics = program.train_step(state, batch)
+            first = first or (metrics["loss"], 1.0, tiny.gradients(config, state, metrics), {})
             losses.append(float(metrics["loss"]))
-    return *found, losses
+    return initial, first, losses
 
 
 @pytest.fixture(scope="module")
 def references(data):
-    """One device with the same microbatches."""
-    return functools.cache(
-        lambda family, steps, *overrides: measure(configure(data, family, *overrides), 1, steps)
-    )
+    """One device; the number of microbatches does not matter."""
+    return functools.cache(lambda family, call: call(configure(data, family, *ROWS), 1))
+
+
+ROWS = ["batch.sequences=24"]  # that every number of microbatches and every mesh divides
 
 
 def configure(data, family, *overrides):
@@ -93,23 +105,32 @@ def assert_same(found, expected):
         assert error < 1e-5, (name, error)
 
 
+def assert_same_run(family, name, call, data, references):
+    """As one device; what `call` found on both."""
+    devices, microbatches, overrides = LAYOUTS[name]
+    config = configure(data, family, *ROWS, f"batch.microbatches={microbatches}", *overrides)
+    found, expected = call(config, devices), references(family, call)
+    for array, value in expected[0].items():
+        np.testing.assert_array_equal(found[0][array], value, err_msg=array)
+    assert_same(found[1], expected[1])
+    return found, expected
+
+
 # gpt2 is on stages in test_every_layout.py; repeats know no family.
-CASES = [("llama", name) for name in LAYOUTS] + [tiny.nightly("gpt2", "repeats")]
-STEPPED = ("repeats", "gathered once a step")  # also through ten steps
+MORE = [tiny.nightly(family, "repeats") for family in FAMILIES]
+MORE += [tiny.nightly("llama", "gathered once a step")]
+CASES = [("llama", name) for name in list(LAYOUTS)[:4]] + MORE
 
 
 @pytest.mark.parametrize("family, name", CASES)
 def test_a_pipeline_is_the_same_run(family, name, data, references):
-    devices, microbatches, overrides = LAYOUTS[name]
-    overrides = [f"batch.microbatches={microbatches}", *overrides]
-    plain = [o for o in overrides if not o.startswith(("mesh.", "pipeline.", "gather_at"))]
-    steps = 10 if name in STEPPED else 0
-    initial, sums, losses = measure(configure(data, family, *overrides), devices, steps)
-    initial_1, sums_1, losses_1 = references(family, steps, *plain)
-    for array, value in initial_1.items():
-        np.testing.assert_array_equal(initial[array], value, err_msg=array)
-    assert_same(sums, sums_1)
-    np.testing.assert_allclose(losses, losses_1, rtol=1e-5)
+    assert_same_run(family, name, measure, data, references)
+
+
+def test_a_pipeline_is_the_same_run_through_ten_steps(data, references):
+    found, expected = assert_same_run("llama", STEPPED, run_steps, data, references)
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-5)
+    assert expected[2][-1] < expected[2][0]
 
 
 class Block(llama.Block):
@@ -123,12 +144,12 @@ class Block(llama.Block):
         square = jnp.mean(y_BSD**2)
         return x_BSD, cache, {
             "x/size_loss": 0.1 * square, "size": square,
-            "update/count": jnp.sum(y_BSD, axis=(0, 1)),
+            "update/count": jnp.sum(y_BSD**2, axis=(0, 1)),
             "peak/large": jnp.sum(y_BSD > 0, axis=(0, 1)).astype(jnp.float32),
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("repeats", [2, tiny.nightly(1)])  # 1 in test_experts_on_no_stage
 def test_aux_of_blocks_is_in_the_order_of_layers(repeats, data, monkeypatch):
     """Against a sum over microbatches, each weighted; on a mesh that splits the sequence too."""
     monkeypatch.setattr(llama, "Block", Block)
@@ -219,7 +240,7 @@ def dot_flops(text: str, keep) -> float:
     return total
 
 
-@pytest.mark.parametrize("stages, repeats, count", [(2, 1, 4), (2, 2, 4), (4, 1, 8)])
+@pytest.mark.parametrize("stages, repeats, count", [(2, 2, 4), (4, 1, 8), tiny.nightly(2, 1, 4)])
 def test_stages_work_all_but_the_bubble(stages, repeats, count, data):
     """FLOPs of the layers of a stage, over those of its share of all layers and microbatches."""
     config, _, compiled = compiled_step(
@@ -248,7 +269,7 @@ def test_memory_does_not_grow_with_microbatches(data):
     for count in (4, 8):
         _, _, compiled = compiled_step(
             data, 2, "mesh.stage=2", f"batch.microbatches={count}", f"batch.sequences={4 * count}",
-            "batch.sequence_length=64",
+            "batch.sequence_length=64", "model.num_layers=2",
         )  # fmt: skip
         peaks.append(compiled.memory_analysis().temp_size_in_bytes)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
@@ -260,7 +281,7 @@ def test_messages_of_a_pipeline(data):
     for count in (2, 4):
         _, layout, compiled = compiled_step(
             data, 8, "mesh.stage=4", "mesh.data=2", f"batch.microbatches={count}",
-            f"batch.sequences={2 * count}",
+            f"batch.sequences={2 * count}", "model.num_layers=4",
         )  # fmt: skip
         rows = find_collectives(parse(compiled.as_text()))
         axes = dict(layout.axes)
@@ -277,30 +298,29 @@ def test_messages_of_a_pipeline(data):
     assert found[2] == found[4]
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        ["mesh.stage=4"], ["mesh.stage=2", "pipeline.repeats=2", "mesh.fsdp=2"],
-        ["mesh.stage=2", "mesh.context=2"],
-    ],
-)  # fmt: skip
-def test_evaluation_and_generation_on_stages(mesh, data):
-    rows, texts = [], []
-    for overrides, devices in (([], 1), (mesh, 4)):
-        config = configure(data, "llama", "batch.microbatches=4", *overrides)
-        program, state, batches = open_run(config, devices)
-        with jax.set_mesh(program.mesh):
-            step = make_eval_step(config, program.structure, program.layout, {})
-            rows.append(jax.device_get(step(state.params, state.fixed, batches[0])))
-            texts.append(
-                generate.generate_tokens(
-                    config, program.structure, program.layout, program.mesh, state.params,
-                    [[1, 2, 3], [7]], tokens=8, temperature=1.0,
-                )
-            )  # fmt: skip
-    np.testing.assert_allclose(rows[1][0], rows[0][0], rtol=1e-5)
-    np.testing.assert_array_equal(rows[1][1], rows[0][1])
-    assert texts[0] == texts[1]
+def evaluate_and_generate(data, *mesh):
+    """Losses and weights of rows, and tokens."""
+    config = configure(data, "llama", "batch.microbatches=4", *mesh)
+    program, state, batches = open_run(config, 8 if mesh else 1)
+    with jax.set_mesh(program.mesh):
+        step = make_eval_step(config, program.structure, program.layout, {})
+        rows = jax.device_get(step(state.params, state.fixed, batches[0]))
+        return *rows, generate.generate_tokens(
+            config, program.structure, program.layout, program.mesh, state.params,
+            [[1, 2, 3], [7]], tokens=8, temperature=1.0,
+        )  # fmt: skip
+
+
+def test_evaluation_and_generation_on_stages(data):
+    losses, weights, tokens = evaluate_and_generate(data)
+    for mesh in (
+        ["mesh.stage=4", "pipeline.repeats=2", "mesh.fsdp=2"],
+        ["mesh.stage=2", "mesh.data=2", "mesh.context=2"],
+    ):
+        found = evaluate_and_generate(data, *mesh)
+        np.testing.assert_allclose(found[0], losses, rtol=1e-5)
+        np.testing.assert_array_equal(found[1], weights)
+        assert found[2] == tokens
 
 
 @pytest.mark.parametrize(
@@ -335,34 +355,41 @@ def local_and_global(data, *overrides, num_layers=26, locals_per_global=5, **key
 
 
 @pytest.mark.parametrize(
-    "layers, balance, mesh", [((4, 1), "loss", ["pipeline.repeats=2"]), ((1, 2), "bias", [])]
-)
+    "layers, balance, mesh",
+    [
+        ((1, 2), "bias", []), tiny.nightly((1, 2, 1), "bias", []),
+        tiny.nightly((4, 1), "loss", ["pipeline.repeats=2"]),
+    ],
+)  # fmt: skip
 def test_experts_on_no_stage(layers, balance, mesh, data, monkeypatch):
-    """Losses, metrics and updates of layers after and before those on stages."""
+    """Losses, metrics and updates of layers before the stages; some after are in the next test."""
     monkeypatch.setattr(mixtral, "groups", lambda _: [((mixtral.Block,), n) for n in layers])
     options = [f"model.num_layers={sum(layers)}", "model.router_z_loss=0.01", "batch.sequences=16"]
     options += [f"model.balance={balance}", "batch.microbatches=4"]
     mesh = ["mesh.stage=2", "mesh.expert=2", *mesh]
     found = [
-        measure(tiny.config("mixtral", f"data.path={data}", *options, *more), devices, 0)
+        measure(tiny.config("mixtral", f"data.path={data}", *options, *more), devices)
         for more, devices in ((mesh, 4), ([], 1))
     ]
     for name, value in found[1][0].items():
         np.testing.assert_array_equal(found[0][0][name], value, err_msg=name)
     assert_same(found[0][1], found[1][1])
     counts = [name for name in found[0][1][3] if name.startswith("update/")]
-    assert len(counts) == (2 if balance == "bias" else 0)
+    assert len(counts) == (len(layers) if balance == "bias" else 0)
 
 
-def test_a_pattern_and_a_rest_on_stages(data, monkeypatch):
-    """Gradients, evaluation, generation, and where weights rest."""
+@pytest.mark.parametrize("before", [0, tiny.nightly(1)])
+def test_a_pattern_and_a_rest_on_stages(before, data, monkeypatch):
+    """Gradients, aux, evaluation, generation, and where weights rest."""
     local_global.register(monkeypatch)
+    monkeypatch.setattr(local_global, "Local", Block)
+    monkeypatch.setattr(local_global, "Global", type("Both", (local_global.Global, Block), {}))
     found = []
     mesh = ["mesh.stage=2", "mesh.data=2", "pipeline.repeats=2"]
     for overrides, devices in (([], 1), (mesh, 4)):
         config = local_and_global(
-            data, "batch.microbatches=2", *overrides, num_layers=10, locals_per_global=1,
-            dense_layers=1,
+            data, "batch.microbatches=2", *overrides, num_layers=9 + before,
+            locals_per_global=1, dense_layers=before,
         )  # fmt: skip
         program, state, batches = open_run(config, devices)
         with jax.set_mesh(program.mesh):
@@ -374,9 +401,13 @@ def test_a_pattern_and_a_rest_on_stages(data, monkeypatch):
             )  # fmt: skip
             rows = step(state.params, state.fixed, batches[0])
             found.append((jax.device_get(jax.jit(run)(state, batches[0])), rows, text))
-    for name, place in (("groups.0", (None, "stage", None)), ("groups.1", ("stage", None, None))):
-        assert partitions(jax.typeof(state.params[f"{name}.0.up"]).sharding.spec) == place
+    homes = [(None, "stage", None)] * before + [("stage", None, None), (None, "stage", None)]
+    for group, place in enumerate(homes):
+        weight = state.params[f"groups.{group}.0.up"]
+        assert partitions(jax.typeof(weight).sharding.spec) == place
     assert_same(found[1][0], found[0][0])
+    counts = {n: a.shape[0] for n, a in found[1][0][3].items() if n.startswith("update/")}
+    assert sorted(counts.values()) == [1] * before + [1, 4, 4]  # two blocks of each repeat
     for new, one in zip(found[1][1], found[0][1], strict=True):
         np.testing.assert_allclose(new, one, rtol=1e-5)
     assert found[1][2] == found[0][2]

@@ -69,16 +69,22 @@ def run(config, num_devices: int, steps: int = 20, watch=lambda state, metrics: 
     return losses, initial, first, state
 
 
+def gradients(config, state, metrics) -> dict:
+    """Gradients of the first step, from the mean that AdamW then holds."""
+    own = config.optimizer
+    assert own.name == "adamw" and int(state.step) == 1
+    norm, mean = jax.device_get((metrics["grad_norm"], state.opt[0].mu))
+    return {n: m * max(norm / own.clip_norm, 1) / (1 - own.b1) for n, m in mean.items()}
+
+
 def run_and_gradients(config, num_devices: int, steps: int = 10):
-    """(run, (loss, gradients, metrics) of its first step), which AdamW's mean then holds."""
-    first, own = [], config.optimizer
-    assert own.name == "adamw"
+    """(run, (loss, gradients, metrics) of its first step)."""
+    first = []
 
     def watch(state, metrics):
         if not first:
-            metrics, mean = jax.device_get((metrics, state.opt[0].mu))
-            scale = max(metrics["grad_norm"] / own.clip_norm, 1) / (1 - own.b1)
-            first.extend((metrics["loss"], {n: m * scale for n, m in mean.items()}, metrics))
+            metrics = jax.device_get(metrics)
+            first.extend((metrics["loss"], gradients(config, state, metrics), metrics))
 
     return run(config, num_devices, steps, watch), tuple(first)
 
