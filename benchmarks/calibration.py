@@ -16,7 +16,6 @@ from pathlib import Path
 from jaxlm import configfile
 from jaxlm.hardware.target import parse_target
 from jaxlm.plan import calibrate, compiled, cost, estimate, roofline
-from jaxlm.validate import resolve_mesh
 
 WIDE = ["model.embed_dim=256", "model.num_heads=8", "model.num_kv_heads=4", "model.mlp_dim=704"]
 LONG = ["batch.sequence_length=256", "batch.sequences=8"]
@@ -51,8 +50,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, (devices, _) in (FITTED | PREDICTED).items():
         config, target = load(name), parse_target(f"cpu:{devices}")
-        sizes, structure = resolve_mesh(config.mesh, devices), estimate.structure_of(config)
-        guess = estimate.make_estimator(config, target)(config, sizes, structure)
+        guess = estimate.of_config(config, target)
         seconds = calibrate.read_measurement(out / name)[calibrate.MEASURED]
         peak = cost.from_json(compiled.measure(config, target)["cost"]).peak
         shown = f"{guess.time.seconds * 1e3:.0f} ({guess.time.seconds / seconds - 1:+.0%})"

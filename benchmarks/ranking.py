@@ -1,11 +1,11 @@
-"""Whether formulas rank layouts like compiled programs do: Spearman's correlation of step times.
+"""Whether traces rank layouts like compiled programs do: Spearman's correlation of step times.
 
     python benchmarks/ranking.py [MODEL/TARGET ...] [--results FILE] [--count N] [--no-compile]
 
-Of every legal candidate of the search a seeded sample is compiled, and the best few by formulas;
-both sides take the efficiencies of roofline.py's table, never calibrated ones. What was compiled is
-appended to FILE, so that a second call goes on: remove it when the train step or jaxlm.xla
-change. Needs the extras plan-tpu and plan-gpu.
+Of every legal candidate a seeded sample is compiled, and the best few of the search; both sides
+take the efficiencies of roofline.py's table, never calibrated ones. What was compiled is appended
+to FILE, so that a second call goes on: remove it when the train step or jaxlm.xla change. Needs the
+extras plan-tpu and plan-gpu.
 """
 
 import argparse
@@ -20,8 +20,9 @@ import numpy as np
 from jaxlm import config as cfg
 from jaxlm import configfile
 from jaxlm.hardware.target import Target, parse_target
-from jaxlm.plan import analytic, compiled, estimate, roofline, search
+from jaxlm.plan import compiled, roofline, search
 from jaxlm.plan.cost import Cost, from_json
+from jaxlm.plan.shared import Estimator
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SEED = 0
@@ -40,7 +41,7 @@ TARGETS = ("v5e:2x4", "h100:1x8")
 
 
 class Pair(NamedTuple):
-    """A candidate by formulas and by its compiled program."""
+    """A candidate by its trace and by its compiled program."""
 
     text: str
     guess: roofline.Time
@@ -55,24 +56,26 @@ class Pair(NamedTuple):
 
 
 def choose(
-    config: cfg.Config, target: Target, count: int, kept: set[str]
+    config: cfg.Config, target: Target, estimator: Estimator, count: int, kept: set[str]
 ) -> tuple[list[search.Candidate], set[str]]:
-    """What was compiled before, the best by formulas, and a sample that does not depend on them;
+    """What was compiled before, the best of the search, and a sample that does not depend on it;
     and the names of the best."""
-    structure = estimate.structure_of(config)
-    estimator = estimate.make_estimator(config, target)
-    found = search.analytic_search(config, target, structure, estimator).ranked
-    every = sorted(found, key=name)
-    sample = random.Random(SEED).sample(every, min(count, len(every)))
-    best = [one for one in search.distinct(found) if one.fits][:BEST]
-    before = [one for one in found if name(one) in kept]
-    chosen = {name(one): one for one in [*before, *best, *sample]}
-    return list(chosen.values()), set(map(name, best))
+    every = {" ".join(search.overrides(*pair)): pair for pair in search.legal(config, target)}
+    sample = random.Random(SEED).sample(sorted(every), min(count, len(every)))
+    found = search.analytic_search(config, target, estimator).ranked
+    best = [name(one) for one in search.distinct(found) if one.fits][:BEST]
+    chosen = [each for each in every if each in {*kept, *best, *sample}]
+    guesses = estimator([every[each] for each in chosen])
+    candidates = [
+        search.Candidate(*every[each], guess, True)
+        for each, guess in zip(chosen, guesses, strict=True)
+    ]
+    return candidates, set(best)
 
 
 def name(candidate: search.Candidate) -> str:
     """The choices of a candidate in a line."""
-    return " ".join(search.overrides(candidate))
+    return " ".join(search.overrides(candidate.config, candidate.sizes))
 
 
 def load(path: Path) -> dict[tuple[str, str], dict]:
@@ -110,13 +113,11 @@ def compare(case: str, path: Path, count: int, compiles: bool) -> list[Pair]:
     target = parse_target(place)
     source, overrides = MODELS[model]
     config = configfile.load(CONFIGS / f"{source}.yaml", overrides)
-    structure, device = estimate.structure_of(config), estimate.one_device(target)
     known, pairs = roofline.EFFICIENCIES[target.platform], []
     kept = {candidate for where, candidate in load(path) if where == case}
-    chosen, best = choose(config, target, count, kept)
+    chosen, best = choose(config, target, Estimator(config, target), count, kept)
     for one, found in measure(case, chosen, target, path, compiles):
-        layout = estimate.layout_of(one.config, one.sizes, device)
-        guess = analytic.analyze(one.config, layout, structure, target)
+        guess = one.guess.cost
         times = [roofline.estimate(cost, target, known) for cost in (guess, found)]
         pairs.append(Pair(name(one), *times, guess, found, name(one) in best))
     return sorted(pairs, key=lambda pair: pair.found.seconds)
@@ -133,7 +134,7 @@ def spearman(left: list[float], right: list[float]) -> float:
 
 def show(case: str, pairs: list[Pair]) -> None:
     """The table of a case, and a line of what it shows."""
-    print(f"\n## {case}\n| candidate | compiled, ms | formulas, ms | ratio | parts of both, ms |")
+    print(f"\n## {case}\n| candidate | compiled, ms | traced, ms | ratio | parts of both, ms |")
     print("|---|---|---|---|---|")
     for pair in pairs:
         parts = ", ".join(
@@ -154,14 +155,14 @@ def show(case: str, pairs: list[Pair]) -> None:
     first = min(pairs, key=lambda pair: pair.guess.seconds)
     searched = [pair for pair in pairs if pair.chosen]
     print(f"{case}: Spearman {spearman(guesses, found):.3f} over {len(pairs)} candidates")
-    print(f"slower than the best compiled: the first by formulas by {slower(first)}")
-    if searched:  # not so with --no-compile after the formulas changed
+    print(f"slower than the best compiled: the first by traces by {slower(first)}")
+    if searched:  # not so with --no-compile after the search changed
         choice = min(searched, key=lambda pair: pair.found.seconds)
         print(f"the choice of --search, of {len(searched)} compiled, by {slower(choice)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rank layouts by formulas and by compilers.")
+    parser = argparse.ArgumentParser(description="Rank layouts by traces and by compilers.")
     cases = [f"{model}/{target}" for model in MODELS for target in TARGETS]
     parser.add_argument("cases", nargs="*", metavar="MODEL/TARGET", default=cases)
     parser.add_argument("--results", type=Path, default=Path("ranking.jsonl"))

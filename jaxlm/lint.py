@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxlm import config as cfg
 from jaxlm.hardware import chips
 from jaxlm.interop import carried
-from jaxlm.models import moe
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
 
@@ -30,7 +29,6 @@ def warnings(config: cfg.Config, mesh: Mesh, layout: Layout, structure: Structur
     yield from _copies(layout, structure)
     yield from _tensor_across_hosts(mesh)
     yield from _too_few_tokens(config, mesh, layout)
-    yield from _dense_experts(config, mesh, layout)
 
 
 def _copies(layout: Layout, structure: Structure) -> Iterator[str]:
@@ -105,21 +103,6 @@ def _too_few_tokens(config: cfg.Config, mesh: Mesh, layout: Layout) -> Iterator[
                 f"chips, and computing takes longer than the gradients' way across the network "
                 f"from {need:.0f}; use a larger batch.sequences or fewer slices"
             )
-
-
-def _dense_experts(config: cfg.Config, mesh: Mesh, layout: Layout) -> Iterator[str]:
-    """Dropless experts: XLA has no grouped product that leaves out the rows of other experts."""
-    m = config.model
-    if not isinstance(m, moe.Config) or not chips.kind(mesh).bf16_flops:
-        return
-    rows = moe.product_rows(m, config.batch.sequence_length, layout)
-    times = rows / m.experts_per_token
-    if m.dispatch == "dropless" and times > 1:
-        yield (
-            f"model.dispatch=dropless: XLA multiplies rows by every expert that a device holds, "
-            f"{times:.3g} times the FLOPs that experts need; model.dispatch=capacity does not, and "
-            f"drops tokens beyond model.capacity_factor={m.capacity_factor:g}"
-        )
 
 
 def _bandwidth(kind: chips.Kind, mesh: Mesh, axes: list[str]) -> float:

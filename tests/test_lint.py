@@ -94,18 +94,6 @@ def test_tokens_that_pay_for_the_network():
     )
 
 
-def test_dropless_experts_that_XLA_multiplies_with_all_rows():
-    """Of Mixtral's test config: 4 experts, 2 for a token."""
-    ask = lambda kind, *more: [
-        line for line in warnings(kind, 1, *more, model="mixtral") if "dispatch" in line
-    ]
-    (one,) = ask("TPU v5")
-    assert one.startswith("model.dispatch=dropless: XLA multiplies rows by every expert")
-    assert "4 times the FLOPs" in one and "model.dispatch=capacity" in one
-    assert "2 times" in ask("NVIDIA H100", "mesh.expert=4")[0]  # one held, all peers' rows
-    assert ask("TPU v5", "model.dispatch=capacity") == ask("cpu") == []
-
-
 def test_the_check_prints_them(capsys):
     from jaxlm import cli
 

@@ -111,8 +111,8 @@ def test_a_refused_program_has_a_plan(tmp_path, capsys, refusing):
     assert memory["peak_bytes"] == pytest.approx(refused["needed_bytes"])
     assert sum(memory["classes"].values()) == pytest.approx(memory["peak_bytes"])
     assert abs(memory["classes"]["unexplained"]) < 0.01 * memory["peak_bytes"]  # to its rounding
-    assert memory["formulas_bytes"] > 1e9
-    # A row of 8 floats is padded to 128: what the formulas do not see.
+    assert memory["traced_bytes"] > 1e9
+    # A row of 8 floats is padded to 128: what the trace does not show.
     assert {"bytes": 5000 * 256 * 4 * 128 * 4, "shape": "f32[5000,256,4,8]"}.items() <= (
         found["largest"][0].items()
     )
@@ -128,7 +128,7 @@ def test_a_refused_program_has_a_plan(tmp_path, capsys, refusing):
     assert "from the cache" in out
 
 
-def test_a_refusal_without_a_program_is_planned_by_formulas(tmp_path, monkeypatch):
+def test_a_refusal_without_a_program_is_planned_by_its_trace(tmp_path, monkeypatch):
     """Where the compiler stopped too early to leave a schedule."""
     config = configfile.load(TINY, ["mesh.fsdp=8", f"plan.cache={tmp_path}"])
     target = parse_target("cpu:8")
@@ -141,16 +141,16 @@ def test_a_refusal_without_a_program_is_planned_by_formulas(tmp_path, monkeypatc
     }  # fmt: skip
     monkeypatch.setattr(compiled, "measure", lambda *_: result)
     made = plan.make_plan(config, target, analytic=False)
-    formulas = plan.make_plan(config, target, analytic=True)
+    traced = plan.make_plan(config, target, analytic=True)
     assert not made.fits and made.cost.peak == pytest.approx(said.needed_bytes)
-    assert made.cost.flops == formulas.cost.flops and made.formulas == formulas.cost.peak
+    assert made.cost.flops == traced.cost.flops and made.traced == traced.cost.peak
     assert "all but the memory it needs is from its trace" in made.warnings[-1]
     found = plan.to_dict(made)
     assert re.search("needs 18.2 GB of 16.9 GB", "".join(report.head(found)))
     assert "needs 18.2 GB of 16.9 GB" in page.page(found)
     measured = plan.measure_seconds(config, target)
     assert measured["peak_bytes"] == pytest.approx(said.needed_bytes) and measured["refused"]
-    # Far from the formulas, what they leave unexplained may be below zero: then it has no bar.
+    # Far from the trace, what it leaves unexplained may be below zero: then it has no bar.
     below = found["memory"] | {"classes": {"unexplained": -1e9}}
     assert "width:0.00%" in page.page(found | {"memory": below})
 

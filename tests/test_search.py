@@ -22,7 +22,7 @@ BYTES = {"full": 1.0, "names": 2.0, "dots": 8.0, "none": 14.0}  # saved, by poli
 WORK = {"full": 4.0, "names": 3.7, "dots": 3.1, "none": 3.0}  # passes
 
 
-def formulas(config, sizes, structure) -> estimate.Estimate:
+def made_up(config, sizes) -> estimate.Estimate:
     """A model whose best is known: tensor costs time, fsdp saves memory, remat trades them."""
     held = 16 * 8e9 / (sizes["fsdp"] * sizes["tensor"] * sizes["stage"])
     rows = config.batch.sequences / config.batch.microbatches / math.prod(sizes.values())
@@ -33,6 +33,10 @@ def formulas(config, sizes, structure) -> estimate.Estimate:
     return estimate.Estimate(cost, roofline.Time(seconds, {"matmuls": seconds}, "matmuls"))
 
 
+def estimator(configs) -> list[estimate.Estimate]:
+    return [made_up(*pair) for pair in configs]
+
+
 def load(*overrides: str) -> cfg.Config:
     return configfile.load(LLAMA, ["data.path=absent", *overrides])
 
@@ -41,13 +45,14 @@ def load(*overrides: str) -> cfg.Config:
 def found() -> search.Search:
     target = parse_target("v6e:16x16")
     start = time.monotonic()
-    result = search.analytic_search(load(), target, None, formulas)
-    assert time.monotonic() - start < 10
+    result = search.analytic_search(load(), target, estimator)
+    assert time.monotonic() - start < 10  # without the traces, a second
     return result
 
 
 def test_every_candidate_is_legal_and_they_are_many(found):
-    assert found.looked == len(found.ranked) >= 1000
+    assert found.space > 5000 > found.looked == len(found.ranked) > 400
+    assert len(list(search.legal(load(), parse_target("v6e:16x16")))) == found.space
     seen = {
         (*c.sizes.values(), c.config.remat, c.config.batch, c.config.loss) for c in found.ranked
     }
@@ -73,16 +78,16 @@ def test_what_fits_comes_first_by_time_and_the_rest_by_memory(found):
 
 def test_less_memory_leaves_fewer_candidates():
     target = parse_target("v6e:4x4")
-    small = search.analytic_search(load("plan.memory=0.3"), target, None, formulas)
-    large = search.analytic_search(load(), target, None, formulas)
+    small = search.analytic_search(load("plan.memory=0.3"), target, estimator)
+    large = search.analytic_search(load(), target, estimator)
     assert sum(c.fits for c in small.ranked) < sum(c.fits for c in large.ranked)
     config = load("plan.memory=0.1")
-    hopeless = search.analytic_search(config, parse_target("v5e:1x1"), None, formulas)
+    hopeless = search.analytic_search(config, parse_target("v5e:1x1"), estimator)
     with pytest.raises(cfg.UserError, match=r"plan.memory=0.1 of 16.0 GB; the least is one device"):
         search.refuse_hopeless(config, parse_target("v5e:1x1"), hopeless)
     config = load("batch.sequences=3")
     with pytest.raises(cfg.UserError, match="batch.sequences=3; use fewer devices"):
-        nothing = search.analytic_search(config, parse_target("cpu:7"), None, formulas)
+        nothing = search.analytic_search(config, parse_target("cpu:7"), estimator)
         search.refuse_hopeless(config, parse_target("cpu:7"), nothing)
 
 
@@ -137,7 +142,7 @@ def test_a_search_of_which_nothing_fits_once_compiled_is_one_line():
     refused = {"refused": {"needed_bytes": 9e9}, "peak_bytes": 9e9, "step_seconds": 1.0}
     measure = lambda config: refused | {"limit": "x"}
     found = search.compile_best(search.Search(2, 0, ranked), 3, 50.0, measure, lambda _: None)
-    with pytest.raises(cfg.UserError, match="1 did by formulas.*9.0 GB, does not fit; use"):
+    with pytest.raises(cfg.UserError, match="1 did by traces.*9.0 GB, does not fit; use"):
         search.chosen(found)
 
 
@@ -179,9 +184,12 @@ def test_the_written_config_is_the_best_one(found, tmp_path):
     for section in ("mesh", "remat", "batch", "loss", "model", "optimizer"):
         assert getattr(again, section) == getattr(best.config, section)
     assert out.read_text().startswith("# Found by jaxlm plan --search for v6e:16x16: ")
-    assert configfile.load(LLAMA, search.overrides(best)[:-3]).model == best.config.model
+    assert (
+        configfile.load(LLAMA, search.overrides(best.config, best.sizes)[:-3]).model
+        == best.config.model
+    )
     named = best._replace(config=dataclasses.replace(best.config, remat=search.REMAT[2]))
-    there = configfile.load(LLAMA, search.overrides(named))
+    there = configfile.load(LLAMA, search.overrides(named.config, named.sizes))
     assert there.remat == search.REMAT[2]
 
 
@@ -206,13 +214,13 @@ def test_auto_and_axes_replace_each_other(tmp_path):
 def test_a_chosen_mesh_is_remembered(tmp_path, monkeypatch):
     keys = ["mesh=auto", f"plan.cache={tmp_path}/cache", f"run.dir={tmp_path}/run"]
     config, target = configfile.load(TINY, keys), parse_target("cpu:8")
-    monkeypatch.setattr(estimate, "make_estimator", lambda *_: formulas)
+    monkeypatch.setattr(search, "Estimator", lambda *_: estimator)
     monkeypatch.setattr(estimate, "memory_limit", lambda _: 1e12)
     first, why = search.choose_mesh(config, target)
     assert math.prod(getattr(first.mesh, axis) for axis in cfg.AXES) == 8
     assert not first.mesh.auto and first.remat == config.remat and first.batch == config.batch
     assert "mesh: auto chose, of" in why and "plan.cache" not in why
-    monkeypatch.setattr(estimate, "make_estimator", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(search, "Estimator", lambda *_: pytest.fail("asked again"))
     second, why = search.choose_mesh(config, target)
     assert second == first and why.endswith("from plan.cache")
     # A run keeps its mesh, whatever would be chosen now.
@@ -238,7 +246,7 @@ def test_a_chosen_mesh_is_remembered(tmp_path, monkeypatch):
 def test_a_strange_memory_of_a_mesh_is_not_used(tmp_path, monkeypatch, planted):
     config = configfile.load(TINY, ["mesh=auto", f"plan.cache={tmp_path}"])
     target = parse_target("cpu:8")
-    monkeypatch.setattr(estimate, "make_estimator", lambda *_: formulas)
+    monkeypatch.setattr(search, "Estimator", lambda *_: estimator)
     monkeypatch.setattr(estimate, "memory_limit", lambda _: 1e12)
     first, _ = search.choose_mesh(config, target)
     [path] = tmp_path.glob("mesh-*.json")
@@ -247,11 +255,11 @@ def test_a_strange_memory_of_a_mesh_is_not_used(tmp_path, monkeypatch, planted):
     assert again == first and "plan.cache" not in why
 
 
-def test_formulas_that_fail_leave_the_mesh_to_the_user(tmp_path, monkeypatch):
+def test_traces_that_fail_leave_the_mesh_to_the_user(tmp_path, monkeypatch):
     def fault(*_):
         raise KeyError("a new optimizer")
 
-    monkeypatch.setattr(estimate, "make_estimator", fault)
+    monkeypatch.setattr(search, "Estimator", fault)
     keys = ["mesh=auto", f"plan.cache={tmp_path}/cache", f"run.dir={tmp_path}/run"]
     message = "mesh=auto: no mesh can be chosen: KeyError: 'a new optimizer'; give its axes"
     with pytest.raises(cfg.UserError, match=message):
@@ -259,10 +267,27 @@ def test_formulas_that_fail_leave_the_mesh_to_the_user(tmp_path, monkeypatch):
 
 
 def test_auto_changes_other_settings_only_where_it_must(tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "make_estimator", lambda *_: formulas)
-    monkeypatch.setattr(estimate, "structure_of", lambda _: None)
+    monkeypatch.setattr(search, "Estimator", lambda *_: estimator)
     target, cache = parse_target("v6e:16x16"), f"plan.cache={tmp_path}"
     config = load("mesh=auto", "remat.policy=dots", cache)
     assert search.choose_mesh(config, target)[0].remat == config.remat
     tight = load("mesh=auto", "remat.policy=none", "plan.memory=0.2", cache)
     assert search.choose_mesh(tight, target)[0].batch.microbatches > 1
+
+
+def test_kinds_of_meshes_are_looked_at_outwards_from_the_simplest():
+    """Of stages, those beside the best two; where more of them help, all on the way."""
+    config, target = load(), parse_target("v6e:16x16")
+    stages = lambda found: sorted({one.sizes["stage"] for one in found.ranked})
+
+    def helpful(configs):  # every doubling of stages is better, up to 16
+        guesses = []
+        for guess, (_, sizes) in zip(estimator(configs), configs, strict=True):
+            seconds = 1 + abs(math.log2(sizes["stage"]) - 4)
+            guesses.append(guess._replace(time=roofline.Time(seconds, {}, "matmuls")))
+        return guesses
+
+    assert stages(search.analytic_search(config, target, estimator)) == [1, 2, 4]
+    assert stages(search.analytic_search(config, target, helpful)) == [1, 2, 4, 8, 16, 32]
+    best = search.analytic_search(config, target, helpful).ranked[0]
+    assert best.sizes["stage"] == 16

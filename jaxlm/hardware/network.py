@@ -19,7 +19,7 @@ class Route(NamedTuple):
 def route(
     target: Target, sizes: dict[str, int], dcn: dict[str, int], axes: tuple[str, ...]
 ) -> Route:
-    """The wires of groups along these mesh axes; the analytic model and compiled programs share it.
+    """The wires of groups along these mesh axes; traces and compiled programs share it.
 
     On a torus every side that a group spans has links of its own (jax-ml.github.io/scaling-book,
     "sharding"); between slices and hosts its members share the ways out of theirs.

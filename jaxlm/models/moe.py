@@ -222,22 +222,6 @@ def slots_per_expert(config: Config, length: int, layout: Layout) -> tuple[int, 
     return limit, -(-limit // ways) * ways
 
 
-def product_rows(config: Config, length: int, layout: Layout) -> float:
-    """Rows of the experts' products for each token of a device; `experts_per_token` are needed.
-
-    XLA makes of a ragged product one masked product of all rows for each expert that is held.
-    """
-    if config.dispatch == "capacity":
-        return config.num_experts * slots_per_expert(config, length, layout)[1] / length
-    return config.num_experts / layout.size("experts") * dropless_rows(config, layout)
-
-
-def dropless_rows(config: Config, layout: Layout) -> float:
-    """Rows that a device's dropless experts take for each of its tokens: the largest exchange."""
-    peers, choices = layout.size("experts"), config.experts_per_token
-    return peers * min(choices, config.num_experts / peers) if peers > 1 else choices
-
-
 def statistics(c: Config, scores_BSE, logits_BSE, hit_BSKE, dropped_BS, real_BS) -> dict:
     """Losses, metrics and the load, over the tokens of a microbatch that are no padding.
 

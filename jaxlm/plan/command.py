@@ -38,7 +38,7 @@ def add_parser(commands) -> None:
     add(
         "--analytic",
         action="store_true",
-        help="nothing is compiled: the trace, and formulas in --search",
+        help="nothing is compiled: the step is traced, and the trace read",
     )
     add("--json", action="store_true", help="print one JSON object")
     add("--html", metavar="FILE", help="write a page with charts")
@@ -140,7 +140,7 @@ def _search(args, config: cfg.Config, target) -> int:
     else:
         report.show_search(_console(), found)
         print(f"\nbest: {search.describe(best)}")
-        print(f"as overrides: {shlex.join(search.overrides(best))}")
+        print(f"as overrides: {shlex.join(search.overrides(best.config, best.sizes))}")
     if args.write:
         _write(
             args.write, search.config_text(runs.config_path(args.config), args.write, best, target)
@@ -150,16 +150,15 @@ def _search(args, config: cfg.Config, target) -> int:
 
 
 def _fit(args, config: cfg.Config, target) -> int:
-    from jaxlm.plan import compiled, estimate, fit, plan, report
+    from jaxlm.plan import compiled, fit, plan, report, shared
     from jaxlm.validate import resolve_mesh
 
     result = compiled.measure(config, target)
-    structure = estimate.structure_of(config)
-    estimator = estimate.make_estimator(config, target)
+    estimator = shared.Estimator(config, target)
 
-    def guess(one: cfg.Config) -> tuple[float, float]:
-        found = estimator(one, resolve_mesh(one.mesh, target.size), structure)
-        return found.cost.peak, found.time.seconds
+    def guess(configs: list[cfg.Config]) -> list[tuple[float, float]]:
+        found = estimator([(one, resolve_mesh(one.mesh, target.size)) for one in configs])
+        return [(one.cost.peak, one.time.seconds) for one in found]
 
     edits = fit.propose(config, target, lambda one: plan.measure_seconds(one, target), guess)
     if args.json:

@@ -1,6 +1,6 @@
 """What one train step takes on one device: the common language of the planner.
 
-`analytic.py` computes a Cost from formulas, `compiled.py` reads one off a compiled program,
+`traced.py` reads a Cost off a traced step, `compiled.py` off a compiled program,
 `roofline.py` makes seconds of it, `report.py` shows it.
 """
 
@@ -44,7 +44,8 @@ class Cost:
     traffic: tuple[Traffic, ...]
     hbm_bytes: float  # read from and written to device memory
     host_bytes: float  # to and from host memory
-    masked: float = 0.0  # elements that TPUs mask on their way into grouped products; by formulas
+    grouped_bytes: float = 0.0  # of the rows of grouped products, once for each group of theirs
+    hidden_bytes: float = 0.0  # of hbm_bytes, of matmuls and kernels, which read while they compute
     compute_seconds: float = 0.0  # the compiler's own estimate of all but collectives; 0: none
     notes: tuple[str, ...] = ()  # what could not be counted
 

@@ -1,13 +1,11 @@
-"""Estimates before any compile: what a config takes on a target.
+"""Estimates before any compile: what a config takes on a target, by the trace of its train step.
 
-`of_config` traces the train step and reads it. A search looks at thousands of configs, which
-`make_estimator` ranks by formulas.
+A search looks at hundreds of configs, of which many share a trace (shared.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ from jaxlm import config as cfg
 from jaxlm.hardware.target import AbsentDevice, Target, local_target, parse_target
 from jaxlm.models import experts
 from jaxlm.optim import make_optimizer
-from jaxlm.plan import analytic, cache, roofline, traced
+from jaxlm.plan import cache, roofline, traced
 from jaxlm.plan.cost import Cost
 from jaxlm.program import Program, make_program, trace_train_step
 from jaxlm.sharding import Layout, make_layout
@@ -53,20 +51,6 @@ def of_program(config: cfg.Config, program: Program, target: Target) -> Estimate
     cost = traced.analyze(step, dict(program.mesh.shape), target, config.mesh.dcn)
     known = roofline.efficiencies(target.kind, efficiencies_path(config))
     return Estimate(cost, roofline.estimate(cost, target, known))
-
-
-def make_estimator(
-    config: cfg.Config, target: Target
-) -> Callable[[cfg.Config, dict[str, int], Structure], Estimate]:
-    """(config, sizes, structure) -> Estimate, by the efficiencies known for a target."""
-    known = roofline.efficiencies(target.kind, efficiencies_path(config))
-    one = one_device(target)
-
-    def estimate(config: cfg.Config, sizes: dict[str, int], structure: Structure) -> Estimate:
-        cost = analytic.analyze(config, layout_of(config, sizes, one), structure, target)
-        return Estimate(cost, roofline.estimate(cost, target, known))
-
-    return estimate
 
 
 def one_device(target: Target) -> np.ndarray:

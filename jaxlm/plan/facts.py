@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jaxlm.hardware.target import Target
-from jaxlm.plan.walk import Array
+from jaxlm.plan.walk import Array, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Facts:
 
     masks: bool = False  # a product of groups is a dense one of copies of its rows, masked for each
 
-    def bytes(self, array: Array, sizes: dict[str, int]) -> float:
+    def bytes(self, array: Array, sizes: Sizes) -> Any:
         """In device memory."""
-        return 0.0 if array.host else float(array.bytes(sizes))
+        return 0.0 if array.host else 1.0 * array.bytes(sizes)
 
     # The part of the bytes of collectives that the compiler leaves blocking (BLOCKING).
     blocks: tuple[float, float, float, float, float] = (1, 1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Edits that make a config fit: tried by formulas first, then compiled and confirmed."""
+"""Edits that make a config fit: ordered by their traces, then compiled and confirmed."""
 
 from __future__ import annotations
 
@@ -82,21 +82,23 @@ def propose(
     config: cfg.Config,
     target: Target,
     measure: Callable[[cfg.Config], dict[str, Any]],
-    guess: Callable[[cfg.Config], tuple[float, float]],
+    guess: Callable[[list[cfg.Config]], list[tuple[float, float]]],
 ) -> list[Edit]:
     """Confirmed edits, the cheapest first; what fits already is made smaller.
 
-    The formulas say in which order to compile: single edits before pairs, then by step time.
+    `guess`, (peak bytes, step seconds) of each config, says in which order to compile: single edits
+    before pairs, then by step time.
     """
     before = measure(config)
     limit = estimate.memory_limit(target) * config.plan.memory or math.inf
     fits = lambda result: not result["refused"] and result["peak_bytes"] <= limit
     if fits(before):
         limit = 0.99 * before["peak_bytes"]
-    ratio = before["peak_bytes"] / guess(config)[0]  # what the formulas miss of this model
+    tried = candidates(config, target)
+    (peak, _), *guesses = guess([config, *(edited for _, edited in tried)])
+    ratio = before["peak_bytes"] / peak  # what traces miss of this model
     ranked = []
-    for edit, edited in candidates(config, target):
-        peak, seconds = guess(edited)
+    for (edit, edited), (peak, seconds) in zip(tried, guesses, strict=True):
         ranked.append((peak * ratio > limit, len(edit), seconds, len(ranked), edit, edited))
     confirmed: list[Edit] = []
     for *_, edit, edited in sorted(ranked, key=lambda each: each[:4])[:TRIED]:

@@ -9,12 +9,16 @@ from the operation that makes it to the last that reads it, itself or through fu
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
 
 from jaxlm.plan.facts import Facts
-from jaxlm.plan.walk import Body, Op
-from jaxlm.plan.work import Sizes, collectives, flops
+from jaxlm.plan.walk import Body, Op, Sizes
+from jaxlm.plan.work import communicates, is_product
 
 LOOPS = {"scan", "while", "cond"}
 # Their operands are in memory, and so are their results.
@@ -32,7 +36,8 @@ class Memory:
     """The largest sum of live values of a body, and which they are.
 
     What the body starts with lies outside of it, and is not counted; nor is a result that can take
-    the place of what it replaces (`pairs`: what a loop carries, donated arguments).
+    the place of what it replaces (`pairs`: what a loop carries, donated arguments). Where `sizes`
+    are of many meshes, sums are arrays, and `live` is that of one of them.
     """
 
     def __init__(
@@ -43,19 +48,17 @@ class Memory:
         self.made = {v: op for op in body.ops for v in op.outputs}
         self.slices = set(slices)  # of stacked arrays: parts of what reads them
         self.outer = set(body.inputs) - self.slices
-        self.sent = {id(op): list(collectives(body, op, sizes, facts)) for op in body.ops}
-        self.products = {
-            id(op): flops(body, op, sizes) > 0 for op in body.ops if op.name == "dot_general"
-        }
+        self.arrays = {id(op) for op in body.ops if self._is_whole(op)}
+        self.known: dict[int, Any] = {}  # bytes of values
         self.kept = self._kept()
         self.memo: dict[int, frozenset[int]] = {}
         self.inner: dict[int, list[Memory]] = {}  # of loops
-        self.at: Op | None = None  # what runs at the peak
+        self.until: dict[int, Op] = {}  # written value -> the last that reads it
         self.peak, self.live = self._run()
         if repeats:
             self.peak += self._zeros()
 
-    def moved(self) -> Iterator[tuple[Op, float]]:
+    def moved(self) -> Iterator[tuple[Op, Any]]:
         """(operation, bytes that it reads from and writes to memory) of what is no loop."""
         for op in self.body.ops:
             if op.name in LOOPS or not (self.whole(op) or any(v in self.kept for v in op.outputs)):
@@ -70,15 +73,29 @@ class Memory:
                     written = 2 * self.size(op.inputs[1])
             yield op, written + sum(map(self.size, reads))
 
-    def size(self, number: int) -> float:
+    def all_until(self) -> dict[int, Op]:
+        """`until`, of the bodies of loops as well."""
+        found = dict(self.until)
+        for inner in itertools.chain(*self.inner.values()):
+            found |= inner.all_until()
+        return found
+
+    def size(self, number: int) -> Any:
         """Bytes of a value."""
-        return self.facts.bytes(self.body.arrays[number], self.sizes)
+        if number not in self.known:
+            self.known[number] = self.facts.bytes(self.body.arrays[number], self.sizes)
+        return self.known[number]
 
     def whole(self, op: Op) -> bool:
         """Whether its operands and results are arrays in memory."""
+        return id(op) in self.arrays
+
+    def _is_whole(self, op: Op) -> bool:
         if op.name == "dot_general":  # else elementwise work, or a sum of it
-            return self.products[id(op)]
-        return op.name in ARRAYS or bool(op.name == "reshard" and self.sent[id(op)])
+            return is_product(self.body, op, self.sizes)
+        if op.name == "reshard":
+            return communicates(self.body, op, self.sizes)
+        return op.name in ARRAYS
 
     def sums(self, op: Op) -> bool:
         """Whether it adds up what is computed elementwise."""
@@ -117,7 +134,7 @@ class Memory:
             self.memo[number] = frozenset().union(*parts)
         return self.memo[number]
 
-    def _run(self) -> tuple[float, dict[int, float]]:
+    def _run(self) -> tuple[Any, dict[int, Any]]:
         ops, last, first = self.body.ops, {}, {}
         for k, op in enumerate(ops):
             if self.whole(op) or any(v in self.kept for v in op.outputs):
@@ -138,21 +155,23 @@ class Memory:
                     births[0 if early else first[v] if late else k].append(v)
         for v, k in last.items():
             deaths[k].append(v)
-        live: dict[int, float] = {}
-        peak, best = 0.0, {}
+        self.until = {v: ops[k] for v, k in last.items() if k < end}
+        live: dict[int, Any] = {}
+        peak, best, total = 0.0, {}, 0.0
         for k, op in enumerate(ops):
             inner, inside = self._inside(op)
-            live |= {v: self.size(v) for v in births[k]}
+            new = {v: self.size(v) for v in births[k] if v not in live}
+            live |= new
+            total = total + sum(new.values())
             shared = self._shared(op, births[k], deaths[k], live)
-            held = {v: 0.0 if v in shared else size for v, size in live.items()}
-            now = sum(held.values()) + inner
-            if now > peak:
-                peak, best, self.at = now, held | inside, op
-            for v in deaths[k]:
-                live.pop(v, None)
+            now = total - sum(live[v] for v in shared) + inner
+            if np.any(now > peak):
+                peak = np.maximum(now, peak)
+                best = {v: size for v, size in live.items() if v not in shared} | inside
+            total = total - sum(live.pop(v, 0.0) for v in deaths[k])
         return peak, best
 
-    def _zeros(self) -> float:
+    def _zeros(self) -> Any:
         """What mapped loops in a loop stack starts as zeros, which the outer one holds.
 
         Equal ones are one. Seen in programs of all platforms under vmap, and only there.
@@ -162,7 +181,7 @@ class Memory:
             if op.name == "scan" and "vmap(" in op.scope:
                 for v in op.outputs[op.params["num_carry"] :]:
                     array = self.body.arrays[v]
-                    kinds[array.local(self.sizes), array.width] = self.size(v)
+                    kinds[str(array.local(self.sizes)), array.width] = self.size(v)
         return sum(kinds.values())
 
     def children(self, op: Op) -> Iterator[Memory]:
@@ -174,10 +193,10 @@ class Memory:
                 slices = body.inputs[consts + carried :]
                 carries = zip(body.outputs, body.inputs[consts:], strict=False)
                 pairs = {out: v for out, v in list(carries)[:carried] if out is not None}
-            repeats = op.name == "scan" and op.params["length"] > 1
+            repeats = op.name == "scan" and op.params["length"] != 1
             yield Memory(body, self.sizes, self.facts, pairs, slices, repeats)
 
-    def _inside(self, op: Op) -> tuple[float, dict[int, float]]:
+    def _inside(self, op: Op) -> tuple[Any, dict[int, Any]]:
         """The peak of what a loop holds beside its operands and results."""
         inner, inside = 0.0, {}
         if op.name == "ragged_dot_general" and self.facts.masks and None not in op.inputs:
@@ -185,8 +204,8 @@ class Memory:
             inner = groups * self.size(self._shown(op.inputs[0]))
         self.inner[id(op)] = list(self.children(op))
         for found in self.inner[id(op)]:
-            if found.peak >= inner:
-                inner, inside = found.peak, found.live
+            if np.any(found.peak >= inner):
+                inner, inside = np.maximum(found.peak, inner), found.live
 
         return inner, inside
 
@@ -201,17 +220,16 @@ class Memory:
         """Whether an operation can write where it reads."""
         return not self.whole(op) or op.name in IN_PLACE
 
-    def _shared(
-        self, op: Op, made: list[int], dying: list[int], live: dict[int, float]
-    ) -> set[int]:
+    def _shared(self, op: Op, made: list[int], dying: list[int], live: dict[int, Any]) -> set[int]:
         """The results that lie where an operand was that nobody reads any more."""
-        if not self._overwrites(op):
+        if not dying or not made or not self._overwrites(op):
             return set()
-        free = collections.Counter(live.get(v, 0.0) for v in dying if v not in op.outputs)
+        key = lambda v: np.asarray(live.get(v, 0.0), float).tobytes()
+        free = collections.Counter(key(v) for v in dying if v not in op.outputs)
         found = set()
         for v in made:
-            if v in op.outputs and free[live[v]] > 0:
-                free[live[v]] -= 1
+            if v in op.outputs and free[key(v)] > 0:
+                free[key(v)] -= 1
                 found.add(v)
         return found
 

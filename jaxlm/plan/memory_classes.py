@@ -8,13 +8,12 @@ program: what the forward pass writes and the backward pass reads is saved.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Any, NamedTuple
 
 from jaxlm import config as cfg
 from jaxlm.plan.cost import MEMORY, PARTS
-from jaxlm.sharding import Layout, partitions
+from jaxlm.sharding import Layout
 from jaxlm.state import Structure
 from jaxlm.xla import Liveness, Module, Shape, Value, compiler_peak, lost_bytes, simulate
 
@@ -86,7 +85,7 @@ def local_shapes(layout: Layout, structure: Structure, config: cfg.Config) -> Sh
     for name in structure.weights:
         dims, shape = structure.dims[name], structure.shapes[name]
         for spec in (layout.stored(dims), layout.spec(dims)):
-            local = _shard(layout, shape, spec)
+            local = layout.local_shape(spec, shape)
             for one in (local, local[1:] if dims.startswith("layers ") else local):
                 if len(_key(one)) > 1:
                     weights.setdefault(_key(one), name)
@@ -97,16 +96,9 @@ def local_shapes(layout: Layout, structure: Structure, config: cfg.Config) -> Sh
     )  # fmt: skip
     vocab = (cfg.padded_vocab(config.model),)
     return Shapes(
-        weights, _shard(layout, vocab, layout.spec("vocab"))[0],
-        _key(_shard(layout, stream, layout.spec("batch residual_seq _"))),
+        weights, layout.local_shape("vocab", vocab)[0],
+        _key(layout.local_shape("batch residual_seq _", stream)),
     )  # fmt: skip
-
-
-def _shard(layout: Layout, shape: tuple[int, ...], spec) -> tuple[int, ...]:
-    sizes = dict(layout.axes)
-    axes = lambda entry: (entry,) if isinstance(entry, str) else entry or ()
-    counts = [math.prod(sizes[axis] for axis in axes(entry)) for entry in partitions(spec)]
-    return tuple(-(-n // count) for n, count in zip(shape, counts, strict=True))
 
 
 def _key(dims: tuple[int, ...]) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ class Plan:
     structure: Structure
     method: str  # "analytic" or "compiled"
     cost: Cost
-    formulas: float  # peak bytes by the trace
+    traced: float  # peak bytes by the trace
     time: roofline.Time
     attention: str  # backend
     attention_reason: str  # why that one
@@ -169,7 +169,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "memory": {
             "classes": by_class(plan.cost.memory), "peak_bytes": plan.cost.peak,
-            "formulas_bytes": plan.formulas, "code_bytes": plan.code, "limit_bytes": limit,
+            "traced_bytes": plan.traced, "code_bytes": plan.code, "limit_bytes": limit,
             "usable_bytes": limit * config.plan.memory, "fits": plan.fits,
             "refused": plan.refused,
         },

@@ -66,7 +66,7 @@ def refusal(memory: dict[str, Any]) -> str:
     return (
         f"the compiler refuses the program: it needs {size(refused['needed_bytes'])} of "
         f"{size(refused['available_bytes'])} that it may use; the trace says "
-        f"{size(memory['formulas_bytes'])}"
+        f"{size(memory['traced_bytes'])}"
     )
 
 
@@ -180,8 +180,8 @@ def largest(buffers: list[dict[str, Any]]) -> Table:
 def show_search(console: Console, search: Search) -> None:
     """Print a search: the best candidates, and the front of time against memory."""
     console.print(
-        f"{search.looked:,} candidates estimated ({search.pruned:,} meshes ruled out by the "
-        f"config's dimensions), {sum(c.compiled is not None for c in search.ranked)} compiled"
+        f"{search.looked:,} of {search.space:,} candidates estimated, "
+        f"{sum(c.compiled is not None for c in search.ranked)} compiled"
     )
     best = [c for c in search.ranked if c.compiled or c.failure]
     best += [c for c in distinct(search.ranked) if c not in best]
@@ -189,14 +189,14 @@ def show_search(console: Console, search: Search) -> None:
     front = [one._replace(compiled=None) for one in pareto(search.ranked)]
     show_table(
         console,
-        candidates("time against memory, by formulas: none is better in both", front[:SHOWN]),
+        candidates("time against memory, by traces: none is better in both", front[:SHOWN]),
     )
 
 
 def candidates(title: str, rows: list[Candidate]) -> Table:
     """A table of candidates."""
     table = _table(
-        title, "mesh", "remat", "microbatches", "chunks", "step", "memory", "by", "formulas", ""
+        title, "mesh", "remat", "microbatches", "chunks", "step", "memory", "by", "trace", ""
     )
     for one in rows:
         config, compiled = one.config, one.compiled is not None
@@ -204,7 +204,7 @@ def candidates(title: str, rows: list[Candidate]) -> Table:
         table.add_row(
             mesh_text(one.sizes, config.mesh.dcn), remat_text(config.remat),
             str(config.batch.microbatches), str(config.loss.chunks), duration(one.seconds),
-            size(one.peak), "compiler" if compiled else "formulas",
+            size(one.peak), "compiler" if compiled else "trace",
             f"{duration(one.guess.time.seconds)} {size(one.guess.cost.peak)}" * compiled,
             escape(state),
         )  # fmt: skip

@@ -1,16 +1,17 @@
 """The search for a layout: meshes x remat policies x microbatches x chunks of the loss.
 
-Formulas rank thousands; the compiler decides between the best few.
+Traces rank hundreds; the compiler decides between the best few.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +25,15 @@ from jaxlm.plan import cache, estimate
 from jaxlm.plan.compiled import CompileError
 from jaxlm.plan.estimate import Estimate
 from jaxlm.plan.plan import remat_text
+from jaxlm.plan.shared import FREE, Estimator
 from jaxlm.plan.units import duration, size
-from jaxlm.state import Structure
 from jaxlm.validate import validate
 from jaxlm.yaml_values import yaml_text
 
 logger = logging.getLogger("jaxlm")
 MESHES = 40  # the meshes of which every other setting is tried: those that are fastest with full
+FULL_REMAT = 3 / 2  # and that one cannot make up for: it gathers weights three times, not twice
+CHUNKED = 5  # of these, and of as many that are faster and do not fit, other chunks of the loss
 LONG = 16384  # tokens of a sequence from which splitting it is considered
 TENSOR = 64  # devices at most over tensor: beyond, its sums outweigh what it saves
 REMAT = (
@@ -71,8 +74,8 @@ class Candidate(NamedTuple):
 class Search(NamedTuple):
     """All that a search looked at."""
 
-    looked: int  # candidates that are legal and were estimated
-    pruned: int  # meshes that the config's dimensions rule out
+    looked: int  # candidates that were estimated
+    space: int  # candidates that are legal
     ranked: list[Candidate]  # the compiled ones first, then those that fit, by seconds
 
 
@@ -117,11 +120,16 @@ def microbatches(config: cfg.Config, sizes: dict[str, int]) -> list[int]:
     return sorted(n for n in counts if n >= least and config.batch.sequences % (n * ways) == 0)
 
 
-def _with(config: cfg.Config, count: int, remat: cfg.Remat, chunks: int) -> cfg.Config:
+def with_settings(config: cfg.Config, count: int, remat: cfg.Remat, chunks: int) -> cfg.Config:
+    """The config with these microbatches, remat policy and chunks of the loss."""
     return dataclasses.replace(
-        config, batch=dataclasses.replace(config.batch, microbatches=count), remat=remat,
-        loss=dataclasses.replace(config.loss, chunks=chunks),
+        _with_chunks(config, chunks), remat=remat,
+        batch=dataclasses.replace(config.batch, microbatches=count),
     )  # fmt: skip
+
+
+def _with_chunks(config: cfg.Config, chunks: int) -> cfg.Config:
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, chunks=chunks))
 
 
 def chunk_counts(config: cfg.Config) -> list[int]:
@@ -133,42 +141,125 @@ def chunk_counts(config: cfg.Config) -> list[int]:
 def analytic_search(
     config: cfg.Config,
     target: Target,
-    structure: Structure,
-    estimator: Callable[..., Estimate],
+    estimator: Callable[[list[tuple[cfg.Config, dict[str, int]]]], list[Estimate]],
     mesh_only: bool = False,
 ) -> Search:
     """Every legal mesh x microbatches with full remat; of the best meshes, all other settings.
 
-    With `mesh_only` all but the mesh stays as the config has it.
+    Meshes of one kind share traces, and a kind takes seconds: from the simplest one the search goes
+    on to the kinds beside the best two that are near each other. With `mesh_only` all but the mesh
+    stays as the config has it.
     """
     limit = estimate.memory_limit(target) * config.plan.memory or math.inf
     found: dict[tuple, Candidate] = {}
 
-    def look(base: cfg.Config, sizes: dict[str, int], count: int, remat, chunks: int) -> None:
-        key = (*sizes.values(), *base.mesh.dcn.items(), count, remat, chunks)
-        one = _with(base, count, remat, chunks)
-        if key in found or any(layout_problems(one, sizes)):
-            return
-        guess = estimator(one, sizes, structure)
-        found[key] = Candidate(one, sizes, guess, guess.cost.peak <= limit)
+    def look(wanted: Iterable[tuple[cfg.Config, dict[str, int]]]) -> list[Candidate]:
+        """Those that are legal and new."""
+        new = {_key(one, sizes): (one, sizes) for one, sizes in wanted}
+        legal = {
+            key: pair for key, pair in new.items()
+            if key not in found and not any(layout_problems(*pair))
+        }  # fmt: skip
+        guesses = estimator(list(legal.values()))
+        made = [
+            Candidate(*pair, guess, guess.cost.peak <= limit)
+            for pair, guess in zip(legal.values(), guesses, strict=True)
+        ]
+        found.update(zip(legal, made, strict=True))
+        return made
 
-    best: list[tuple[tuple, cfg.Config, dict[str, int]]] = []
-    pruned, own = 0, config.batch.microbatches
+    every = [(settle(config, sizes, dcn), sizes) for sizes, dcn in meshes(config, target)]
+    counts = lambda sizes: microbatches(config, sizes)
+    kinds: dict[tuple[int, ...], list[tuple[cfg.Config, dict[str, int]]]] = {}
+    for settled, sizes in every:
+        wanted = kinds.setdefault(_kind(sizes), [])
+        if mesh_only:
+            wanted.append((settled, sizes))
+        else:  # a single microbatch is another trace: at first only where there are no more
+            base, few = (REMAT[0], config.loss.chunks), counts(sizes)
+            few = [n for n in few if n > 1] or few
+            wanted += [(with_settings(settled, n, *base), sizes) for n in few]
+    seen: dict[tuple[int, ...], tuple] = {}  # kind -> the order of its best candidate
+    nearest = {min(kinds)}
+    while nearest:
+        for kind in sorted(nearest):
+            seen[kind] = min(map(_order, look(kinds[kind])), default=(True, math.inf, math.inf))
+        best = sorted(seen, key=seen.__getitem__)[:2]
+        best = [kind for kind in best if _near(seen[kind], seen[best[0]])]
+        nearest = {near for kind in best for near in _beside(kind, kinds)} - seen.keys()
+    if mesh_only:
+        return Search(len(found), len(found), sorted(found.values(), key=_order))
+
+    def ranked(key: Callable[[Candidate], Any]) -> list[Candidate]:
+        """The best of each key, in order."""
+        best: dict[Any, Candidate] = {}
+        for one in sorted(found.values(), key=_order):
+            best.setdefault(key(one), one)
+        return list(best.values())
+
+    each = ranked(lambda one: _mesh_key(one.config, one.sizes))
+    meshes_of = collections.defaultdict(list)
+    for one in each[:MESHES]:
+        meshes_of[_kind(one.sizes)].append(one)
+    policies = list(dict.fromkeys((*REMAT, config.remat)))
+    for near in meshes_of.values():
+        best = min(found.values(), key=_order)
+        look(
+            (with_settings(one.config, n, remat, config.loss.chunks), one.sizes)
+            for one in near if one.fits and one.seconds < FULL_REMAT * best.seconds
+            for n in counts(one.sizes) for remat in policies
+        )  # fmt: skip
+        policies = [one.config.remat for one in ranked(lambda one: one.config.remat)[:2]]
+    both = ranked(lambda one: (_mesh_key(one.config, one.sizes), one.config.remat))
+    faster = [one for one in both if not one.fits and one.seconds < both[0].seconds]
+    for chunks in chunk_counts(config):
+        look(
+            (_with_chunks(one.config, chunks), one.sizes)
+            for one in both[:CHUNKED] + faster[:CHUNKED]
+        )
+    space = sum(1 for _ in legal(config, target))
+    return Search(len(found), space, sorted(found.values(), key=_order))
+
+
+def legal(config: cfg.Config, target: Target) -> Iterator[tuple[cfg.Config, dict[str, int]]]:
+    """Every candidate that a search may look at: (config, sizes of its mesh)."""
     for sizes, dcn in meshes(config, target):
-        base, before = settle(config, sizes, dcn), len(found)
-        for count in [own] if mesh_only else microbatches(config, sizes):
-            look(base, sizes, count, config.remat if mesh_only else REMAT[0], config.loss.chunks)
-        mine = list(found.values())[before:]
-        if mine:
-            best.append((min(map(_order, mine)), base, sizes))
-        pruned += not mine
-    best.sort(key=lambda each: each[0])
-    for _, base, sizes in [] if mesh_only else best[:MESHES]:
-        for count, remat, chunks in itertools.product(
-            microbatches(config, sizes), dict.fromkeys((*REMAT, config.remat)), chunk_counts(config)
-        ):
-            look(base, sizes, count, remat, chunks)
-    return Search(len(found), pruned, sorted(found.values(), key=_order))
+        settled = settle(config, sizes, dcn)
+        for n, chunks in itertools.product(microbatches(config, sizes), chunk_counts(config)):
+            if any(layout_problems(with_settings(settled, n, config.remat, chunks), sizes)):
+                continue
+            for remat in dict.fromkeys((*REMAT, config.remat)):
+                yield with_settings(settled, n, remat, chunks), sizes
+
+
+def _kind(sizes: dict[str, int]) -> tuple[int, ...]:
+    """What meshes have in common that share traces."""
+    return tuple(n for axis, n in sizes.items() if axis not in FREE)
+
+
+def _near(order: tuple[bool, float, float], best: tuple[bool, float, float]) -> bool:
+    """Whether it is worse by at most a quarter, by the first number of `_order`."""
+    return order[0] == best[0] and order[1] <= 1.25 * best[1]
+
+
+def _beside(kind: tuple[int, ...], kinds: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """The kinds that differ from one in a single axis, by the next number up or down."""
+    found = set()
+    for i in range(len(kind)):
+        line = sorted(one for one in kinds if one[:i] + one[i + 1 :] == kind[:i] + kind[i + 1 :])
+        place = line.index(kind)
+        found |= {*line[max(0, place - 1) : place + 2]}
+    return found - {kind}
+
+
+def _mesh_key(config: cfg.Config, sizes: dict[str, int]) -> tuple:
+    return (*sizes.values(), *config.mesh.dcn.items())
+
+
+def _key(config: cfg.Config, sizes: dict[str, int]) -> tuple:
+    return (
+        *_mesh_key(config, sizes), config.batch.microbatches, config.remat, config.loss.chunks,
+    )  # fmt: skip
 
 
 def _order(candidate: Candidate) -> tuple[bool, float, float]:
@@ -187,7 +278,7 @@ def compile_best(
 ) -> Search:
     """Compile the best until `count` of them fit; one that fails or does not fit is marked.
 
-    At most twice as many are tried: beyond, the formulas are wrong about this model.
+    At most twice as many are tried: beyond, traces are wrong about this model.
     """
     tried, asked, fit = [], distinct(search.ranked)[: 2 * count], 0
     for candidate in asked:
@@ -217,7 +308,7 @@ def distinct(candidates: list[Candidate]) -> list[Candidate]:
 def pareto(candidates: list[Candidate]) -> list[Candidate]:
     """Those that no other beats in both time and memory, the fastest first.
 
-    By formulas, which all candidates have; without those that the compiler refused.
+    By traces, which all candidates have; without those that the compiler refused.
     """
     front, least = [], math.inf
     usable = [one for one in candidates if one.fits and not one.failure]
@@ -249,15 +340,15 @@ def describe(candidate: Candidate) -> str:
 
 
 def chosen(search: Search) -> Candidate:
-    """The best of a search: compiled where one of those fits, else by formulas.
+    """The best of a search: compiled where one of those fits, else by traces.
 
-    UserError where all that fit by formulas were compiled, and none of them fits.
+    UserError where all that fit by traces were compiled, and none of them fits.
     """
     usable = [one for one in search.ranked if one.fits and not one.failure]
     if not usable:
         tried = sum(bool(one.compiled or one.failure) for one in search.ranked)
         raise cfg.UserError(
-            f"none of {search.looked} candidates fits: {tried} did by formulas, but not when "
+            f"none of {search.looked} candidates fits: {tried} did by traces, but not when "
             f"compiled; the first of these is {describe(search.ranked[0])}; use more devices or "
             "fewer batch.sequences"
         )
@@ -271,9 +362,8 @@ def run(
     say: Callable[[str], None],
 ) -> Search:
     """Search; with `measure` the best plan.compile candidates are compiled."""
-    structure = estimate.structure_of(config)
-    estimator = estimate.make_estimator(config, target)
-    search = refuse_hopeless(config, target, analytic_search(config, target, structure, estimator))
+    estimator = Estimator(config, target)
+    search = refuse_hopeless(config, target, analytic_search(config, target, estimator))
     if measure is None or not config.plan.compile:
         return search
     limit = estimate.memory_limit(target) * config.plan.memory or math.inf
@@ -300,7 +390,7 @@ def refuse_hopeless(config: cfg.Config, target: Target, search: Search) -> Searc
 
 
 def choose_mesh(config: cfg.Config, target: Target) -> tuple[cfg.Config, str]:
-    """`mesh: auto` settled by formulas, and why in a line; the cache remembers it.
+    """`mesh: auto` settled by traces, and why in a line; the cache remembers it.
 
     Nothing is compiled: a run is about to start, and compiles its program itself. The config's
     other settings change only where no mesh fits with them.
@@ -309,12 +399,10 @@ def choose_mesh(config: cfg.Config, target: Target) -> tuple[cfg.Config, str]:
     kept = _kept(config, target, name)
     if kept is not None:
         return kept
-    structure, estimator = estimate.structure_of(config), estimate.make_estimator(config, target)
-    search = analytic_search(config, target, structure, estimator, mesh_only=True)
+    estimator = Estimator(config, target)
+    search = analytic_search(config, target, estimator, mesh_only=True)
     if not search.ranked or not search.ranked[0].fits:
-        search = refuse_hopeless(
-            config, target, analytic_search(config, target, structure, estimator)
-        )
+        search = refuse_hopeless(config, target, analytic_search(config, target, estimator))
     best = search.ranked[0]
     why = f"mesh: auto chose, of {search.looked} candidates, {describe(best)} ({best.limit})"
     cache.write(config, name, {"settings": settings(best.config), "why": why})
@@ -346,7 +434,7 @@ def _apply(config: cfg.Config, kept: dict[str, Any]) -> cfg.Config:
     lists = {k: tuple(kept["remat"][k]) for k in ("names", "offload")}
     remat = cfg.Remat(policy=kept["remat"]["policy"], **lists)
     config = dataclasses.replace(config, mesh=cfg.Mesh(**kept["mesh"]))
-    return _with(config, kept["microbatches"], remat, kept["chunks"])
+    return with_settings(config, kept["microbatches"], remat, kept["chunks"])
 
 
 def settle_run(config: cfg.Config, devices: list) -> cfg.Config:
@@ -362,7 +450,7 @@ def settle_run(config: cfg.Config, devices: list) -> cfg.Config:
         settled, why = choose_mesh(config, local_target(devices))
     except cfg.UserError:
         raise
-    except Exception as error:  # formulas that do not know all that a config asks for
+    except Exception as error:  # a step that cannot be traced for these devices
         raise cfg.UserError(
             f"mesh=auto: no mesh can be chosen: {type(error).__name__}: {error}; give its axes, as "
             "mesh.fsdp=-1"
@@ -371,10 +459,10 @@ def settle_run(config: cfg.Config, devices: list) -> cfg.Config:
     return settled
 
 
-def overrides(candidate: Candidate) -> list[str]:
+def overrides(config: cfg.Config, sizes: dict[str, int]) -> list[str]:
     """The choices of a candidate as key=value."""
-    config, remat = candidate.config, candidate.config.remat
-    found = [f"mesh.{axis}={n}" for axis, n in candidate.sizes.items() if n > 1]
+    remat = config.remat
+    found = [f"mesh.{axis}={n}" for axis, n in sizes.items() if n > 1]
     found += [f"mesh.dcn.{axis}={n}" for axis, n in config.mesh.dcn.items()]
     found += [f"remat.policy={remat.policy}"]
     found += [f"remat.names=[{','.join(remat.names)}]"] if remat.names else []
@@ -388,7 +476,7 @@ def config_text(source: Path, out: str, best: Candidate, target: Target) -> str:
     far = {axis: 1 for axis in original.mesh.dcn} | best.config.mesh.dcn  # tables only grow
     wanted = dataclasses.replace(best.config, mesh=dataclasses.replace(best.config.mesh, dcn=far))
     changed = _changes(configfile.to_dict(original), configfile.to_dict(wanted))
-    how = "compiled" if best.compiled else "estimated by formulas, not compiled"
+    how = "compiled" if best.compiled else "estimated by its trace, not compiled"
     include = os.path.relpath(source, Path(out).parent)
     include = f"./{include}" if include.startswith("~") else include  # not a home directory
     lines = [
@@ -415,7 +503,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def to_dict(search: Search) -> dict[str, Any]:
     """A search as plain data: the keys of `--search --json`."""
-    front = {id(one) for one in pareto(search.ranked)}
+    front, best = {id(one) for one in pareto(search.ranked)}, chosen(search)
     rows = [
         {
             "mesh": {axis: n for axis, n in one.sizes.items() if n > 1},
@@ -424,11 +512,11 @@ def to_dict(search: Search) -> dict[str, Any]:
             "step_seconds": one.seconds, "peak_bytes": one.peak, "fits": one.fits,
             "compiled": one.compiled is not None, "failure": one.failure,
             "guess": {"step_seconds": one.guess.time.seconds, "peak_bytes": one.guess.cost.peak},
-            "pareto": id(one) in front, "overrides": overrides(one),
+            "pareto": id(one) in front, "overrides": overrides(one.config, one.sizes),
         }
         for one in search.ranked
     ]  # fmt: skip
     return {
-        "looked": search.looked, "pruned_meshes": search.pruned,
-        "best": overrides(chosen(search)), "candidates": rows,
+        "looked": search.looked, "legal": search.space,
+        "best": overrides(best.config, best.sizes), "candidates": rows,
     }  # fmt: skip

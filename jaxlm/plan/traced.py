@@ -5,8 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlm.config import AXES
 from jaxlm.hardware.network import route
@@ -14,7 +17,7 @@ from jaxlm.hardware.target import Target
 from jaxlm.plan import live, rewrite, walk, work
 from jaxlm.plan.cost import Cost, Traffic, part_of
 from jaxlm.plan.facts import Facts, find_facts
-from jaxlm.plan.walk import Body, Op
+from jaxlm.plan.walk import Axes, Body, Op, Sizes
 from jaxlm.xla import WIRE
 
 # What a train step is called with -> class of memory.
@@ -31,6 +34,7 @@ class Step:
     classes: dict[int, str]  # of its arguments
     donated: tuple[int, ...]
     facts: Facts
+    unclear: frozenset[str] = frozenset()  # mesh axes for whose sizes alone it stands (shared.py)
 
 
 def read_step(traced: jax.stages.Traced, target: Target) -> Step:
@@ -52,15 +56,67 @@ def read_step(traced: jax.stages.Traced, target: Target) -> Step:
     return Step(body, dict(zip(numbers, kinds, strict=True)), tuple(donated), facts)
 
 
-def analyze(step: Step, sizes: dict[str, int], target: Target, dcn: dict[str, int]) -> Cost:
+def analyze(step: Step, sizes: Sizes, target: Target, dcn: dict[str, int]) -> Cost:
     """The Cost of one step on one device of the target."""
-    found = live.Memory(step.body, sizes, step.facts, _replaced(step))
-    flops, kernels, notes = _flops(step.body, sizes)
-    return Cost(
-        memory=_classes(step, found), flops=flops, kernel_flops=kernels,
-        traffic=tuple(_traffic(step, sizes, target, dcn)), hbm_bytes=_hbm_bytes(found, 1.0),
-        host_bytes=_host_bytes(step.body, sizes), notes=tuple(notes),
-    )  # fmt: skip
+    read = _Reading(step, sizes)
+    return read.cost(target, sizes, dcn, _classes(step, read.memory))
+
+
+def analyze_all(
+    step: Step, meshes: Sequence[tuple[Sizes, dict[str, int]]], target: Target
+) -> list[Cost]:
+    """The Cost on each of many meshes, (sizes, dcn), with their memory in one sum.
+
+    They are read together; axes that are of size 1 in some of them tell them apart.
+    """
+    alike: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
+    for i, (sizes, _) in enumerate(meshes):
+        alike[tuple(axis for axis in AXES if sizes[axis] > 1 and axis != "data")].append(i)
+    found: dict[int, Cost] = {}
+    for places in alike.values():
+        columns = {name: np.array([meshes[i][0][name] for i in places]) for name in meshes[0][0]}
+        read = _Reading(step, columns)
+        for n, i in enumerate(places):
+            peak = {"workspace": float(np.broadcast_to(read.peak, len(places))[n])}
+            found[i] = read.cost(target, *meshes[i], peak, n)
+    return [found[i] for i in range(len(meshes))]
+
+
+class _Reading:
+    """What a step does on one device, of one mesh or (arrays) of many."""
+
+    def __init__(self, step: Step, sizes: Sizes) -> None:
+        self.memory = live.Memory(step.body, sizes, step.facts, _replaced(step))
+        self.flops, self.kernels, self.grouped, self.notes = _flops(step.body, sizes)
+        self.traffic = _traffic(step, sizes)
+        self.hbm, self.hidden = _hbm_bytes(self.memory, 1.0)
+        self.host = _host_bytes(step.body, sizes)
+        arguments = (step.facts.bytes(step.body.arrays[v], sizes) for v in step.body.inputs)
+        self.peak = self.memory.peak + sum(arguments)
+
+    def cost(
+        self, target: Target, sizes: Sizes, dcn: dict[str, int], memory: dict[str, float],
+        place: int = 0,
+    ) -> Cost:  # fmt: skip
+        """The Cost of one of the meshes."""
+        of = lambda value: float(value[place] if np.ndim(value) else value)
+        traffic = []
+        for (kind, axes), (count, size, blocked) in self.traffic.items():
+            axes = tuple(axis for axis in axes if sizes[axis] > 1)
+            group = math.prod(sizes[axis] for axis in axes)
+            if group == 1:
+                continue
+            per_byte = WIRE[kind](group)
+            traffic.append(Traffic(
+                kind, axes, *route(target, sizes, dcn, axes), group, of(count), of(size),
+                of(size) * per_byte, of(blocked) * per_byte,
+            ))  # fmt: skip
+        return Cost(
+            memory=memory, flops={part: of(value) for part, value in self.flops.items()},
+            kernel_flops=of(self.kernels), traffic=tuple(traffic), hbm_bytes=of(self.hbm),
+            host_bytes=of(self.host), grouped_bytes=of(self.grouped),
+            hidden_bytes=of(self.hidden), notes=tuple(self.notes),
+        )  # fmt: skip
 
 
 def _replaced(step: Step) -> dict[int, int]:
@@ -75,59 +131,64 @@ def _replaced(step: Step) -> dict[int, int]:
     return pairs
 
 
-def _flops(body: Body, sizes: dict[str, int]) -> tuple[dict[str, float], float, list[str]]:
-    """(FLOPs by part and pass, of those in kernels, what could not be counted)."""
-    total: dict[str, float] = collections.defaultdict(float)
-    kernels, notes = 0.0, {}
-    for inside, op, times in walk.loops(body):
+def _flops(body: Body, sizes: Sizes) -> tuple[dict[str, Any], Any, Any, list[str]]:
+    """(FLOPs by part and pass, of those in kernels, bytes of the rows that grouped products go
+    through, what could not be counted)."""
+    total: dict[str, Any] = collections.defaultdict(float)
+    kernels, grouped, notes = 0.0, 0.0, {}
+    for inside, op, times in walk.loops(body, sizes):
         found = work.flops(inside, op, sizes)
         if op.name in work.KERNELS:
             declared = work.kernel_flops(inside, op, sizes)
             if declared is None:
                 notes[f"FLOPs of kernel {op.params.get('name', op.name)} are not known"] = None
-            found = declared or 0.0
-            kernels += found * times
-        if found:
-            total[part_of(op.scope)] += found * times
+            found = 0.0 if declared is None else declared
+            kernels = kernels + found * times
+        elif op.name == "ragged_dot_general":
+            rows, *_, groups = (inside.arrays[v] for v in op.inputs)
+            size = math.prod(groups.local(sizes)) * rows.bytes(sizes)
+            grouped = grouped + size * times
+        if np.any(found):
+            total[part_of(op.scope)] = total[part_of(op.scope)] + found * times
         if op.name == "while":
             notes["operations in a loop of unknown trips are counted once"] = None
-    return dict(total), kernels, list(notes)
+    return dict(total), kernels, grouped, list(notes)
 
 
-def _hbm_bytes(memory: live.Memory, times: float) -> float:
-    """Device memory read and written."""
-    total = times * sum(size for _, size in memory.moved())
+def _hbm_bytes(memory: live.Memory, times: Any) -> tuple[Any, Any]:
+    """Device memory read and written; of that, by products and kernels."""
+    total, hidden = 0.0, 0.0
+    for op, size in memory.moved():
+        total = total + times * size
+        if op.name in (*work.PRODUCTS, *work.KERNELS):
+            hidden = hidden + times * size
     for op in memory.body.ops:
         for inner in memory.inner.get(id(op), []):
-            total += _hbm_bytes(inner, times * walk.trips(op))
-    return total
+            more, less = _hbm_bytes(inner, times * walk.trips(op, memory.sizes))
+            total, hidden = total + more, hidden + less
+    return total, hidden
 
 
-def _host_bytes(body: Body, sizes: dict[str, int]) -> float:
+def _host_bytes(body: Body, sizes: Sizes) -> Any:
     """Bytes that move to host memory, and back."""
     return sum(
         times * inside.arrays[v].bytes(sizes)
-        for inside, op, times in walk.loops(body) if op.name == "device_put"
+        for inside, op, times in walk.loops(body, sizes) if op.name == "device_put"
         for v in op.outputs
     )  # fmt: skip
 
 
-def _traffic(step: Step, sizes: dict[str, int], target: Target, dcn: dict[str, int]):
-    rows: dict[tuple[str, tuple[str, ...]], list[float]] = {}
-    for body, op, times in walk.loops(step.body):
+def _traffic(step: Step, sizes: Sizes) -> dict[tuple[str, Axes], list[Any]]:
+    """(kind, axes) -> how often it runs, bytes of results, and bytes that nothing hides."""
+    rows: dict[tuple[str, Axes], list[Any]] = {}
+    for body, op, times in walk.loops(step.body, sizes):
         for kind, over, size in work.collectives(body, op, sizes, step.facts):
             axes = tuple(axis for axis in AXES if axis in over)
             row = rows.setdefault((kind, axes), [0.0, 0.0, 0.0])
             blocked = step.facts.blocking(kind, _is_early(body, op), body is not step.body)
             for i, value in enumerate((times, times * size, times * size * blocked)):
-                row[i] += value
-    for (kind, axes), (count, size, blocked) in rows.items():
-        group = math.prod(sizes[axis] for axis in axes)
-        per_byte = WIRE[kind](group)
-        yield Traffic(
-            kind, axes, *route(target, sizes, dcn, axes), group, count, size, size * per_byte,
-            blocked * per_byte,
-        )  # fmt: skip
+                row[i] = row[i] + value
+    return rows
 
 
 def _is_early(body: Body, op: Op) -> bool:
@@ -144,7 +205,8 @@ def _classes(step: Step, found: live.Memory) -> dict[str, float]:
     """Class of cost.MEMORY -> bytes at the peak."""
     sizes, bodies = found.sizes, {}
     makers: dict[int, Op] = {}
-    for body, op, _ in walk.loops(step.body):
+    until = found.all_until()
+    for body, op, _ in walk.loops(step.body, sizes):
         makers |= dict.fromkeys(op.outputs, op)
         bodies |= dict.fromkeys(op.outputs, body)
     weights = {
@@ -154,12 +216,13 @@ def _classes(step: Step, found: live.Memory) -> dict[str, float]:
     classes: dict[str, float] = collections.defaultdict(float)
     for v in step.body.inputs:
         classes[step.classes.get(v, "workspace")] += step.facts.bytes(step.body.arrays[v], sizes)
-    backward = found.at is not None and "transpose(" in found.at.scope
     for v, size in found.live.items():
         op = makers.get(v)
         if op is None:
             kind = "workspace"
         elif "jvp(" in op.scope and "transpose(" not in op.scope:
+            reader = until.get(v)
+            backward = reader is not None and "transpose(" in reader.scope
             kind = f"saved/{_name(op, v)}" if backward else "workspace"
         elif "transpose(" in op.scope and bodies[v].arrays[v].shape in weights:
             kind = "gradients"
@@ -168,7 +231,7 @@ def _classes(step: Step, found: live.Memory) -> dict[str, float]:
         classes[kind] += size
     arguments = sum(step.facts.bytes(step.body.arrays[v], sizes) for v in step.body.inputs)
     classes["workspace"] += arguments + found.peak - sum(classes.values())
-    return dict(classes)
+    return {kind: float(size) for kind, size in classes.items()}
 
 
 def _shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -182,7 +245,7 @@ def _name(op: Op, number: int) -> str:
         place = op.outputs.index(number)
         (body,) = op.bodies
         inner, value = {v: each for each in body.ops for v in each.outputs}, body.outputs[place]
-        while value in inner and inner[value].name in live.VIEWS:
+        while value in inner and inner[value].name in (*live.VIEWS, "reduce_precision"):
             if inner[value].name == "name":
                 return str(inner[value].params["name"])
             value = inner[value].inputs[0]

@@ -18,6 +18,7 @@ from jax.extend.core import Jaxpr, Literal
 from jax.sharding import AxisType
 
 Axes = tuple[str, ...]
+Sizes = dict[str, Any]  # mesh axis -> devices; of many meshes at once, an integer array [N] each
 # Primitives that run another jaxpr once, in place.
 CALLS = {
     "pjit", "jit", "closed_call", "core_call", "remat", "checkpoint", "remat2", "custom_jvp_call",
@@ -34,15 +35,26 @@ class Array:
     width: int  # bytes of an element
     partial: frozenset[str] = frozenset()  # axes over which it is a sum that is still to be made
     host: bool = False  # it lies in the host's memory
+    frame: int = dataclasses.field(default=0, compare=False)  # the shard_map that it is in; 0: none
+    # Of a step that stands for others (shared.py), where `shape` is of what these do not name:
+    times: tuple[Axes, ...] = ()  # what each dimension is a multiple of
+    mapped: tuple[Axes, ...] = ()  # mesh axes that a shard_map splits each dimension over
 
-    def local(self, sizes: dict[str, int]) -> tuple[int, ...]:
+    def local(self, sizes: Sizes) -> tuple[int, ...]:
         """The shape on one device."""
-        return tuple(
-            -(-n // math.prod(sizes[axis] for axis in axes)) if axes else n
-            for n, axes in zip(self.shape, self.split, strict=True)
-        )
+        shape = self.shape
+        if self.times:
+            pairs = zip(shape, self.times, strict=True)
+            shape = [n * math.prod(sizes[one] for one in times) for n, times in pairs]
+        for split in (self.split, self.mapped):
+            if split:
+                shape = [
+                    -(-n // math.prod(sizes[axis] for axis in axes)) if axes else n
+                    for n, axes in zip(shape, split, strict=True)
+                ]
+        return tuple(shape)
 
-    def bytes(self, sizes: dict[str, int]) -> int:
+    def bytes(self, sizes: Sizes) -> int:
         """Of one device."""
         return self.width * math.prod(self.local(sizes))
 
@@ -58,6 +70,7 @@ class Op:
     params: dict[str, Any]
     literals: str = ""
     bodies: list[Body] = dataclasses.field(default_factory=list)
+    sent: list[Any] | None = None  # the collectives that it needs, once they are known (work.py)
 
 
 @dataclasses.dataclass
@@ -68,9 +81,12 @@ class Body:
     inputs: list[Any]
     outputs: list[Any]
     ops: list[Op]
+    # Of each shard_map (the first stands for what is in none): its operands and results, as they
+    # are outside and inside.
+    frames: list[list[tuple[Array, Array]]] = dataclasses.field(default_factory=list)
 
 
-def array(aval: Any) -> Array:
+def array(aval: Any, frame: int = 0) -> Array:
     """The type of a value."""
     shape = tuple(aval.shape)
     try:
@@ -80,34 +96,37 @@ def array(aval: Any) -> Array:
     host = getattr(aval, "memory_space", None) == jax.memory.Space.Host
     sharding = getattr(aval, "sharding", None)
     if sharding is None or len(sharding.mesh.shape) == 0:
-        return Array(shape, ((),) * len(shape), width, host=host)
+        return Array(shape, ((),) * len(shape), width, host=host, frame=frame)
     spec = sharding.spec
     entries = tuple(getattr(spec, "partitions", None) or getattr(spec, "_partitions", ()))
     entries += (None,) * (len(shape) - len(entries))
     axes = lambda entry: (entry,) if isinstance(entry, str) else tuple(entry or ())
-    return Array(shape, tuple(map(axes, entries)), width, frozenset(spec.unreduced), host)
+    return Array(shape, tuple(map(axes, entries)), width, frozenset(spec.unreduced), host, frame)
 
 
 def read(jaxpr: Jaxpr) -> Body:
     """A jaxpr with its calls opened; equal operations are one."""
-    return _Reader().body(jaxpr, "")
+    reader = _Reader()
+    return dataclasses.replace(reader.body(jaxpr, ""), frames=reader.frames)
 
 
 class _Reader:
     def __init__(self) -> None:
         self.count = 0
         self.retyped: dict[int, int] = {}  # number -> of what it is another type
+        self.frames: list[list[tuple[Array, Array]]] = [[]]
+        self.frame = 0
 
     def new(self, arrays: dict[int, Array], aval: Any) -> int:
         self.count += 1
-        arrays[self.count] = array(aval)
+        arrays[self.count] = array(aval, self.frame)
         return self.count
 
     def same(self, made: Body, variable: Any, number: int | None) -> int:
         """The number of a value under another name; its type changes at the edge of shard_map."""
         if number is None:
             return self.new(made.arrays, variable.aval)
-        kind, first = array(variable.aval), self.retyped.get(number, number)
+        kind, first = array(variable.aval, self.frame), self.retyped.get(number, number)
         same = [n for n, of in self.retyped.items() if of == first and n in made.arrays]
         for known in (number, first, *same):
             if made.arrays.get(known) == kind:
@@ -127,6 +146,14 @@ class _Reader:
         made.outputs = [_number(v, names) for v in jaxpr.outvars]
         return made
 
+    def enter(self, eqn: Any, inner: Jaxpr) -> int:
+        """The number of the frame inside a shard_map."""
+        pairs = zip((*eqn.invars, *eqn.outvars), (*inner.invars, *inner.outvars), strict=True)
+        frame = len(self.frames)
+        kinds = [(array(a.aval, self.frame), array(b.aval, frame)) for a, b in pairs]
+        self.frames.append(kinds)
+        return frame
+
     def visit(
         self, jaxpr: Jaxpr, scope: str, made: Body, names: dict[Any, int], seen: dict[Any, Op]
     ) -> None:
@@ -138,24 +165,25 @@ class _Reader:
             once = eqn.primitive.name == "scan" and eqn.params["length"] == 1
             inner = found[0] if found and (once or eqn.primitive.name in CALLS) else None
             if inner is not None and len(inner.invars) == len(eqn.invars):
+                before = self.frame
+                if eqn.primitive.name == "shard_map":
+                    self.frame = self.enter(eqn, inner)
                 own = {v: self.new(made.arrays, v.aval) for v in inner.constvars}
                 pairs = zip(inner.invars, eqn.invars, strict=True)
                 for variable, operand in pairs:
                     own[variable] = self.same(made, variable, _number(operand, names))
                 self.visit(inner, where, made, own, {} if eqn.params.get("prevent_cse") else seen)
+                self.frame = before
                 for variable, result in zip(eqn.outvars, inner.outvars, strict=True):
                     names[variable] = self.same(made, variable, _number(result, own))
                 continue
             inputs = [_number(v, names) for v in eqn.invars]
-            literals = str([v.val for v in eqn.invars if isinstance(v, Literal)])
-            key = (
-                eqn.primitive.name,
-                str(inputs),
-                literals,
-                str(eqn.params),
-                str([v.aval for v in eqn.outvars]),
-            )
-            if not found and key in seen:
+            values = [np.asarray(v.val).tolist() for v in eqn.invars if isinstance(v, Literal)]
+            literals, avals = str(values), tuple(v.aval for v in eqn.outvars)
+            key: Any = None  # what runs another jaxpr is not merged
+            if not found:
+                key = (eqn.primitive.name, tuple(inputs), literals, str(eqn.params), avals)
+            if key is not None and key in seen:
                 names.update(zip(eqn.outvars, seen[key].outputs, strict=True))
                 continue
             outputs = [self.new(made.arrays, v.aval) for v in eqn.outvars]
@@ -168,7 +196,8 @@ class _Reader:
                 params |= _scan_counts(eqn, bodies[0])
             op = Op(eqn.primitive.name, inputs, outputs, where, params, literals, bodies)
             made.ops.append(op)
-            seen[key] = op
+            if key is not None:
+                seen[key] = op
             if any(map(_is_auto, (v.aval for v in eqn.outvars))):
                 _settle(made, op)
 
@@ -265,16 +294,17 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
                 yield part
 
 
-def loops(body: Body, times: float = 1.0) -> Iterator[tuple[Body, Op, float]]:
+def loops(body: Body, sizes: Sizes, times: Any = 1.0) -> Iterator[tuple[Body, Op, Any]]:
     """Every operation, with the body that it stands in and how often it runs."""
     for op in body.ops:
         yield body, op, times
         for inner in op.bodies:
-            yield from loops(inner, times * trips(op))
+            yield from loops(inner, sizes, times * trips(op, sizes))
 
 
-def trips(op: Op) -> float:
+def trips(op: Op, sizes: Sizes) -> Any:
     """How often an operation's bodies run; every branch of a condition counts once."""
     if op.name == "scan":
-        return float(op.params["length"])
+        length = op.params["length"]
+        return 1.0 * (sizes[length] if isinstance(length, str) else length)
     return 1.0
