@@ -3,9 +3,9 @@
     python benchmarks/calibration.py DIR
 
 Runs are of the quickstart's corpus, 16 steps each, on simulated devices; they go to DIR, and what
-is there is not run again. Step times: the median that `train` measured, against formulas with the
-efficiencies fitted to the first five. Memory: what the compiler assigned (CPU devices keep no
-count), against formulas. Run it on an idle machine: it takes a few minutes.
+is there is not run again. Step times: the median that `train` measured, against the traced step
+with the efficiencies fitted to the first five. Memory: what the compiler assigned (CPU devices keep
+no count), against the trace. Run it on an idle machine: it takes a few minutes.
 """
 
 import json

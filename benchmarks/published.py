@@ -40,9 +40,7 @@ ROWS = {  # name -> config, target, published tokens/s/chip, overrides
 
 
 def main() -> None:
-    print(
-        "| point | published, tokens/s/chip | compiled | formulas | peak GB, compiled, formulas |"
-    )
+    print("| point | published, tokens/s/chip | compiled | traced | peak GB, compiled, traced |")
     print("|---|---|---|---|---|")
     for name in sys.argv[1:] or ROWS:
         config_name, target, published, overrides = ROWS[name]

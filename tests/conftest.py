@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 # file at a time, and none is left with a long one when the others are done.
 SLOW = (
     "verify every_layout pipeline moe context run train parity layouts gemma generate optim "
-    "records attention tokenizer_files walk audit devices checkpoint qwen plan round_trip analytic "
+    "records attention tokenizer_files walk audit devices checkpoint qwen plan shared round_trip "
     "compile evaluate families hlo interop liveness overflow plan_memory"
 ).split()
 # Of these, what on an older jax may fail or compute something else: its transformations in every
