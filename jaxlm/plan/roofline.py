@@ -90,8 +90,9 @@ def estimate(cost: Cost, target: Target, known: dict[str, Efficiency]) -> Time:
         if target.platform == "tpu":
             parts["matmuls"] = cost.compute_seconds
     working = parts["matmuls"] + parts["kernels"]
-    reading = _scaled("memory", cost.hidden_bytes / _bandwidth(target), known)
-    parts["memory"] += max(0.0, reading - working)
+    if target.platform != "cpu":  # whose caches hold what products read
+        reading = _scaled("memory", cost.hidden_bytes / _bandwidth(target), known)
+        parts["memory"] += max(0.0, reading - working)
     computing = working + parts["memory"] + parts["grouped"]
     hidden = sum(
         _scaled(_wires(row.network), (row.wire - row.blocking) / row.bandwidth, known)
