@@ -275,19 +275,28 @@ def test_auto_changes_other_settings_only_where_it_must(tmp_path, monkeypatch):
     assert search.choose_mesh(tight, target)[0].batch.microbatches > 1
 
 
+def helpful(configs) -> list[estimate.Estimate]:
+    """Every doubling of stages is better, up to 16."""
+    guesses = []
+    for guess, (_, sizes) in zip(estimator(configs), configs, strict=True):
+        seconds = 1 + abs(math.log2(sizes["stage"]) - 4)
+        guesses.append(guess._replace(time=roofline.Time(seconds, {}, "matmuls")))
+    return guesses
+
+
 def test_kinds_of_meshes_are_looked_at_outwards_from_the_simplest():
     """Of stages, those beside the best two; where more of them help, all on the way."""
     config, target = load(), parse_target("v6e:16x16")
     stages = lambda found: sorted({one.sizes["stage"] for one in found.ranked})
 
-    def helpful(configs):  # every doubling of stages is better, up to 16
-        guesses = []
-        for guess, (_, sizes) in zip(estimator(configs), configs, strict=True):
-            seconds = 1 + abs(math.log2(sizes["stage"]) - 4)
-            guesses.append(guess._replace(time=roofline.Time(seconds, {}, "matmuls")))
-        return guesses
-
     assert stages(search.analytic_search(config, target, estimator)) == [1, 2, 4]
     assert stages(search.analytic_search(config, target, helpful)) == [1, 2, 4, 8, 16, 32]
     best = search.analytic_search(config, target, helpful).ranked[0]
     assert best.sizes["stage"] == 16
+
+
+def test_the_way_outwards_leads_over_kinds_that_are_not_legal():
+    """16 layers on 24 devices: 3 and 6 stages divide the devices, but not the layers."""
+    config = load("model.num_layers=16", "batch.sequences=1536")
+    best = search.analytic_search(config, parse_target("h100:3x8"), helpful).ranked[0]
+    assert best.sizes["stage"] == 8

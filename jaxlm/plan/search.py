@@ -172,18 +172,19 @@ def analytic_search(
     counts = lambda sizes: microbatches(config, sizes)
     kinds: dict[tuple[int, ...], list[tuple[cfg.Config, dict[str, int]]]] = {}
     for settled, sizes in every:
-        wanted = kinds.setdefault(_kind(sizes), [])
         if mesh_only:
-            wanted.append((settled, sizes))
+            wanted = [(settled, sizes)]
         else:  # a single microbatch is another trace: at first only where there are no more
             base, few = (REMAT[0], config.loss.chunks), counts(sizes)
             few = [n for n in few if n > 1] or few
-            wanted += [(with_settings(settled, n, *base), sizes) for n in few]
+            wanted = [(with_settings(settled, n, *base), sizes) for n in few]
+        if wanted := [pair for pair in wanted if not any(layout_problems(*pair))]:
+            kinds.setdefault(_kind(sizes), []).extend(wanted)
     seen: dict[tuple[int, ...], tuple] = {}  # kind -> the order of its best candidate
-    nearest = {min(kinds)}
+    nearest = set(sorted(kinds)[:1])
     while nearest:
         for kind in sorted(nearest):
-            seen[kind] = min(map(_order, look(kinds[kind])), default=(True, math.inf, math.inf))
+            seen[kind] = min(map(_order, look(kinds[kind])))
         best = sorted(seen, key=seen.__getitem__)[:2]
         best = [kind for kind in best if _near(seen[kind], seen[best[0]])]
         nearest = {near for kind in best for near in _beside(kind, kinds)} - seen.keys()
