@@ -81,5 +81,6 @@ def near_factors(value: int, factors: dict[str, int], pieces: int = 1) -> Iterat
 
 
 def product(factors: dict[str, int]) -> str:
+    """Keys and their numbers as a product: `8 (mesh.data=2 x mesh.fsdp=4)`."""
     text = " x ".join(f"{key}={factor}" for key, factor in factors.items())
     return text if len(factors) == 1 else f"{math.prod(factors.values())} ({text})"

@@ -74,6 +74,7 @@ def _read_int(text: str) -> int:
 
 
 def noun(node: yaml.Node) -> str:
+    """What a node of YAML is, in words."""
     kinds = {yaml.MappingNode: "a mapping", yaml.SequenceNode: "a list"}
     return kinds.get(type(node), "a single value")
 
@@ -88,6 +89,7 @@ def shown(node: yaml.Node) -> str:
 
 
 def short(text: str, width: int = 60) -> str:
+    """The text, cut where it is longer than `width` characters."""
     return text if len(text) <= width else f"{text[:width]}..."
 
 

@@ -221,4 +221,5 @@ def weigh_aux(aux: Arrays, valid: jax.Array, weight: jax.Array) -> Arrays:
 
 
 def where(here_Z: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """x on the stages that `here_Z` says, else y; both [Z, ...]."""
     return jnp.where(jnp.expand_dims(here_Z, tuple(range(1, x.ndim))), x, y)

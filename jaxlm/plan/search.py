@@ -31,9 +31,13 @@ from jaxlm.validate import validate
 from jaxlm.yaml_values import yaml_text
 
 logger = logging.getLogger("jaxlm")
-MESHES = 40  # the meshes of which every other setting is tried: those that are fastest with full
-FULL_REMAT = 3 / 2  # and that one cannot make up for: it gathers weights three times, not twice
-CHUNKED = 5  # of these, and of as many that are faster and do not fit, other chunks of the loss
+# With full remat: the meshes of which every other setting is tried, at most so many of the fastest,
+MESHES = 40
+# none slower than the best by more than another policy can make up for (guesses; a step that waits
+# for gathers of weights has three of them with full remat and two without).
+FULL_REMAT = 3 / 2
+# Of so many of the best, and of those that are faster and do not fit, other chunks of the loss.
+CHUNKED = 5
 LONG = 16384  # tokens of a sequence from which splitting it is considered
 TENSOR = 64  # devices at most over tensor: beyond, its sums outweigh what it saves
 REMAT = (
@@ -239,7 +243,7 @@ def _kind(sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def _near(order: tuple[bool, float, float], best: tuple[bool, float, float]) -> bool:
-    """Whether it is worse by at most a quarter, by the first number of `_order`."""
+    """Whether it is worse by at most a quarter (a guess), by the first number of `_order`."""
     return order[0] == best[0] and order[1] <= 1.25 * best[1]
 
 
