@@ -29,6 +29,9 @@ WIDER = [
 ]  # fmt: skip
 GPT2 = ["model.family=gpt2", "model.num_kv_heads=8", "model.mlp_dim=4096"]
 QWEN = ["model.family=qwen3_moe", "model.num_experts=16", "model.expert_mlp_dim=512"]
+GEMMA = ["model.family=gemma", "model.tie_embeddings=true", "model.sliding_window=256"]
+GEMMA += ["model.locals_per_global=2"]
+QWEN2 = ["model.family=qwen", "model.qk_norm=false", "model.qkv_biases=true"]
 VARIANTS = {  # of the wider model: name -> layout, overrides
     "wider fsdp": ("fsdp", []),
     "wider fsdp, remat none": ("fsdp", ["remat.policy=none"]),
@@ -56,6 +59,12 @@ VARIANTS = {  # of the wider model: name -> layout, overrides
     "wider expert": ("expert", ["model.expert_mlp_dim=1408"]),
     "wider expert, qwen3_moe": ("expert", [*QWEN, "model.experts_per_token=4"]),
     "wider fsdp, gpt2": ("fsdp", GPT2),
+    "wider fsdp, gemma": ("fsdp", GEMMA),
+    "wider tensor, gemma, remat dots": ("tensor", [*GEMMA, "remat.policy=dots"]),
+    "wider pipeline, gemma": ("pipeline", GEMMA),
+    "wider fsdp, qwen": ("fsdp", ["model.family=qwen"]),
+    "wider hsdp, qwen, remat none": ("hsdp", ["model.family=qwen", "remat.policy=none"]),
+    "wider context, qwen2": ("context", QWEN2),
 }
 ROWS = {path.stem: (path.stem, []) for path in sorted(LAYOUTS.glob("*.yaml"))} | {
     name: (layout, [*WIDER, *more]) for name, (layout, more) in VARIANTS.items()

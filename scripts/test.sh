@@ -5,6 +5,9 @@
 # scripts/test.sh -m nightly: more of the same, which takes an hour.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" "${EXTRAS:-test}"
+# Compiling allocates much and small: huge pages, and no bins whose merging takes long, save a sixth of
+# the time with glibc. Others ignore the variable.
+export GLIBC_TUNABLES=glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1
 [ "${1:-}" != --fast ] || set -- -m 'not slow and not nightly' "${@:2}"
 times="installation $SECONDS s"
 trap 'echo "$0: $times, $SECONDS s in all"' EXIT

@@ -96,7 +96,7 @@ def everything(tmp_path_factory):
         ["generate", run, "--tokens", "2", "--prompt", "mesh"],
         ["export", run, hf],
         ["import", hf, str(folder / "imported")],
-        ["verify-layout", LLAMA, "fsdp=2"],
+        ["verify-layout", LLAMA, "fsdp=2", "steps=5", "--json"],
     ]
     done = audited(
         folder, "-c", COMMANDS, json.dumps(commands), JAX_COMPILATION_CACHE_DIR="",
@@ -121,6 +121,14 @@ def test_a_planted_pickle_is_not_run(everything):
     assert not (folder / "marker").exists()
     pickle.loads(next((folder / "planted").glob("*.pickle")).read_bytes()).close()
     assert (folder / "marker").exists()  # it would have shown
+
+
+def test_verify_layout_compares_a_layout_in_a_process_of_its_own(everything):
+    _, _, done = everything
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith('[{"mesh"'))
+    (row,) = json.loads(line)
+    assert row["mesh"] == "fsdp=2" and row["equal"] and 0 < row["errors"]["gradient"] < 1e-5
+    assert {"initial", "SGD update", "AdamW update"} <= row["errors"].keys()
 
 
 def test_the_audit_sees_what_is_planted(tmp_path):

@@ -1,10 +1,10 @@
 """Layouts over eight devices, from all seven axes: every one trains the same model.
 
-Seven triples in which each of the 21 pairs of axes meets once (a Fano plane), and every axis alone
-at its largest size; families and options are drawn by a seed, expert goes with the families that
-have experts. An axis alone is compared at the start: loss, metrics, gradients; triples are updated
-too. The nightly set holds more of the same: all pairs alone, and a dozen other triples.
-jaxlm/verify.py is the oracle.
+Seven triples in which each of the 21 pairs of axes meets once (a Fano plane); families and options
+are drawn by a seed, expert goes with the families that have experts. The nightly set holds more of
+the same: every axis alone at its largest size, all pairs, and a dozen other triples. Large sizes
+each day: tensor=4 and data=4 in test_layouts.py, stage=4 in test_pipeline.py, context=8 in
+test_context.py, expert=4 in test_moe.py. jaxlm/verify.py is the oracle.
 """
 
 import functools
@@ -18,7 +18,7 @@ import tiny
 from jaxlm import verify
 from jaxlm.config import AXES
 
-SEED = 96  # draws every family at least three times, every remat policy four times
+SEED = 515  # draws both dense families twice, both sparse ones, every remat policy twice
 DENSE, SPARSE = ("llama", "gpt2"), ("mixtral", "qwen3_moe")
 LARGEST = {"stage": 4, "tensor": 4, "expert": 4}  # layers, heads and experts of the tiny models
 VARIANTS = {  # of what one device computes; each is measured there once
@@ -57,10 +57,10 @@ def draw_all(seed: int) -> tuple[list[tuple], list[tuple]]:
     """Layouts, and those of the nightly set."""
     rng = random.Random(seed)
     few = [draw(rng, line, dict.fromkeys(line, 2)) for line in PLANE]
-    few += [draw(rng, (axis,), {axis: LARGEST.get(axis, 8)}) for axis in AXES]
+    alone = [draw(rng, (axis,), {axis: LARGEST.get(axis, 8)}) for axis in AXES]
     triples = rng.sample(list(itertools.combinations(AXES, 3)), 14)
     more = [*itertools.combinations(AXES, 2), *triples]
-    return few, [draw(rng, axes, sizes_of(axes, rng)) for axes in more]
+    return few, alone + [draw(rng, axes, sizes_of(axes, rng)) for axes in more]
 
 
 LAYOUTS, MORE = draw_all(SEED)
@@ -85,10 +85,10 @@ def name(layout: tuple) -> str:
 def test_the_layouts_cover_what_they_should():
     pairs = [frozenset(p) for sizes, *_ in LAYOUTS for p in itertools.combinations(sizes, 2)]
     assert len(pairs) == len(set(pairs)) == 21
-    assert {axis for sizes, *_ in LAYOUTS if len(sizes) == 1 for axis in sizes} == set(AXES)
     for i, values in enumerate([DENSE + SPARSE, VARIANTS, REMAT], 1):
         drawn = [layout[i] for layout in LAYOUTS]
-        assert min(drawn.count(value) for value in values) >= 3
+        assert min(drawn.count(value) for value in values) >= (1, 3, 2)[i - 1]
+    assert {axis for sizes, *_ in MORE if len(sizes) == 1 for axis in sizes} == set(AXES)
     assert {frozenset(sizes) for sizes, *_ in MORE if len(sizes) == 2} == set(pairs)
 
 
@@ -99,8 +99,7 @@ NIGHTLY = [pytest.param(layout, marks=pytest.mark.nightly, id=name(layout)) for 
 def test_a_layout_trains_the_same_model(layout):
     sizes, family, variant, remat = layout
     drawn = verify.replace_mesh(config(family, variant, f"remat.policy={remat}"), sizes)
-    start_only = len(sizes) == 1
-    _, bad, precision = verify._compare(drawn, reference(family, variant), start_only)
-    assert not bad
     # Rounding alone can choose another expert, where two are nearly tied; nothing else is excused.
-    assert precision == "float32" or family in SPARSE
+    double = family in SPARSE
+    found = verify.errors(reference(family, variant)(double), verify.measure(drawn, double))
+    assert not verify._first(found, "float64" if double else "float32")

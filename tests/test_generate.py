@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import tiny
 import tokenizer_kinds
-import torch
-import transformers
 from jax.sharding import NamedSharding
 from tokenizers import normalizers
 
@@ -154,6 +152,9 @@ def test_every_mesh_gives_the_same_samples(family, mesh):
 
 def huggingface(family, config):
     """A random transformers model of the same shape."""
+    import torch  # late: the processes below do without, and start in half the time
+    import transformers
+
     torch.manual_seed(0)
     m = config.model
     if family == "llama":
@@ -227,6 +228,8 @@ def gpt2_block(theirs, i, heads, m):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_that_of_transformers(family):
+    import torch
+
     config, structure, layout, mesh, _ = build(family, "fsdp x tensor")
     model = huggingface(family, config)
     arrays = weights(family, model, config.model)

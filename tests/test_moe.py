@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -39,7 +40,7 @@ CASES = {
     "qwen3_moe, as DeepSeek": ("qwen3_moe", DEEPSEEK),
 }
 LAYOUTS = [  # those of test_every_layout.py apart
-    ("mixtral, parts", 8, ["mesh.tensor=4", "mesh.data=2", "gather_at=step"]),
+    tiny.nightly("mixtral, parts", 8, ["mesh.tensor=4", "mesh.data=2", "gather_at=step"]),
     ("qwen3_moe, capacity", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.data=2"]),
     ("qwen3_moe, as DeepSeek", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=2"]),
 ]
@@ -267,12 +268,14 @@ def unlike_rows(case):
 
 
 # Mixtral's balance loss is that of the case with a capacity, its experts are those of the other.
+PARTS = [(1, ["batch.microbatches=8"]), (2, ["batch.microbatches=4", "mesh.stage=2"])]
+EACH_DAY = [("qwen3_moe, capacity", *PARTS[0]), ("qwen3_moe, as DeepSeek", *PARTS[1])]
+MORE = itertools.product(("qwen3_moe, as DeepSeek", "qwen3_moe, capacity", "mixtral"), PARTS)
+
+
 @pytest.mark.parametrize(
-    "case", ["qwen3_moe, capacity", "qwen3_moe, as DeepSeek", tiny.nightly("mixtral")]
-)
-@pytest.mark.parametrize(
-    "count, overrides",
-    [(1, ["batch.microbatches=8"]), (2, ["batch.microbatches=4", "mesh.stage=2"])],
+    "case, count, overrides",
+    EACH_DAY + [tiny.nightly(c, *p) for c, p in MORE if (c, *p) not in EACH_DAY],
 )
 def test_microbatches_change_nothing_but_the_balance_loss(case, count, overrides):
     arrays, batch, expected = unlike_rows(case)
@@ -335,6 +338,7 @@ def test_grouped_products_are_loops_over_groups_mapped_over_stages_or_not():
                     np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.nightly  # "as DeepSeek" on stages is above, each expert's bias in test_pipeline.py
 def test_dropless_experts_and_biases_under_stages_are_the_same_run(data, references):
     """Microbatches change nothing here (above), so that the reference has none."""
     mesh = ["batch.microbatches=2", "mesh.stage=2", "mesh.expert=2", "mesh.tensor=2"]
