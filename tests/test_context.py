@@ -319,8 +319,9 @@ def reference(data, family: str, *overrides: str):
     return tiny.run(tiny.config(family, f"data.path={data}", *overrides), 1)
 
 
-# A ring with microbatches on fsdp, and one of gpt2, are in test_every_layout.py too.
-DOUBLE = ("fsdp, microbatches", "kept by name")
+# Rings of llama and gpt2, with fsdp, tensor and microbatches, are in test_every_layout.py too;
+# windows in the two that stay, and outputs kept by name in the next test.
+DOUBLE = ("fsdp, microbatches", "tensor, a window, kept by name", "kept by name")
 
 
 @pytest.mark.parametrize("case", [tiny.nightly(c) if c in DOUBLE else c for c in RUNS])

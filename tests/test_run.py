@@ -93,7 +93,8 @@ def test_resumed_on_another_mesh_the_losses_agree(alone, data, tmp_path, caplog)
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [["mesh.fsdp=4"], ["mesh.context=4", "mesh.fsdp=1"]])
+# Two processes share rows here; they share weights in test_checkpoint.py and test_generate.py.
+@pytest.mark.parametrize("mesh", [tiny.nightly(["mesh.fsdp=4"]), ["mesh.context=4", "mesh.fsdp=1"]])
 def test_two_processes_train_the_same_run(mesh, alone, data, tmp_path, capsys):
     run_dir = tmp_path / "run"
     with socket.socket() as free:

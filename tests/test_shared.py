@@ -13,8 +13,8 @@ from jaxlm.plan.shared import Estimator
 CONFIGS = Path(__file__).parent / "configs"
 CASES = [
     ("llama", "v5e:2x4", []), ("mixtral", "h100:1x8", []),
-    ("mixtral", "v5e:2x4", ["model.dispatch=capacity"]),
     ("llama", "cpu:8", ["batch.sequence_length=16384"]),
+    pytest.param("mixtral", "v5e:2x4", ["model.dispatch=capacity"], marks=pytest.mark.nightly),
     pytest.param("gpt2", "h100:1x8", [], marks=pytest.mark.nightly),
     pytest.param("qwen3_moe", "v5e:2x4", [], marks=pytest.mark.nightly),
 ]  # fmt: skip

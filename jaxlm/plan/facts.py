@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
+
+import numpy as np
 
 from jaxlm.hardware.target import Target
 from jaxlm.plan.walk import Array, Sizes
@@ -22,11 +25,18 @@ class Facts:
 
     early: bool = False  # constants are made at the start, and not where they are read first
 
+    sinks: bool = False  # constants that a loop is given are made in it, where they are read
+
+    tiles: bool = False  # arrays lie in tiles of TPUs (padding)
+
     masks: bool = False  # a product of groups is a dense one of copies of its rows, masked for each
 
     def bytes(self, array: Array, sizes: Sizes) -> Any:
         """In device memory."""
-        return 0.0 if array.host else 1.0 * array.bytes(sizes)
+        if array.host:
+            return 0.0
+        factor = padding(array.local(sizes), array.width) if self.tiles else 1.0
+        return factor * array.bytes(sizes)
 
     # The part of the bytes of collectives that the compiler leaves blocking (BLOCKING).
     blocks: tuple[float, float, float, float, float] = (1, 1, 1, 1, 1)
@@ -44,7 +54,7 @@ class Facts:
 
 
 FACTS = {
-    "tpu": Facts(),
+    "tpu": Facts(sinks=True, tiles=True),
     "gpu": Facts(masks=True),
     "cpu": Facts(
         scatters=False, wire=4, merges=False, hoists=True, early=True,
@@ -58,6 +68,30 @@ BLOCKING = {
     "v5e": (0.5, 1.0, 1.0, 0.9, 0.0), "tpu": (1.0, 1.0, 1.0, 1.0, 0.0),
     "gpu": (0.0, 0.6, 0.2, 0.25, 0.0), "cpu": (1.0, 1.0, 1.0, 1.0, 1.0),
 }  # fmt: skip
+
+
+LANES = 128
+
+
+def padding(shape: tuple[Any, ...], width: int) -> Any:
+    """Elements in a TPU's memory for each that there is, of elements of `width` bytes.
+
+    The two fastest dimensions are cut into tiles of 128 elements by 8 of 4 bytes, 16 of 2 or 32 of
+    one; by the next power of two where there are fewer. Which are the fastest libtpu chooses: those
+    that waste least. Dimensions are numbers, or arrays for many meshes.
+    """
+    rows, many = 32 // min(width, 4), [n for n in shape if np.any(n != 1)]
+    whole = [isinstance(n, int) and n % LANES == 0 for n in many]
+    if not many or any(
+        whole[i] and isinstance(n, int) and n % rows == 0
+        for i in range(len(many)) for j, n in enumerate(many) if i != j
+    ):  # fmt: skip
+        return 1.0
+    up = lambda n, tile: -(-n // tile) * tile / n
+    lanes = [up(n, LANES) for n in many]
+    seconds = [up(n, np.minimum(rows, 2 ** np.ceil(np.log2(n)))) for n in many]
+    pairs = [a * b for i, a in enumerate(lanes) for j, b in enumerate(seconds) if i != j]
+    return functools.reduce(np.minimum, pairs or lanes)
 
 
 def find_facts(target: Target) -> Facts:

@@ -151,7 +151,10 @@ class Memory:
             for v in op.outputs:
                 if v in self.kept and v in last and not self._in_place(v, k, op, last):
                     late = not self.whole(op) and v not in results
-                    early = self.facts.early and not self._sources(op)
+                    constant = not self.whole(op) and not self._sources(op)
+                    if constant and self.facts.sinks and v not in results:
+                        continue
+                    early = self.facts.early and constant
                     births[0 if early else first[v] if late else k].append(v)
         for v, k in last.items():
             deaths[k].append(v)
