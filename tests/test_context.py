@@ -320,7 +320,7 @@ def reference(data, family: str, *overrides: str):
 
 
 # Rings of llama and gpt2, with fsdp, tensor and microbatches, are in test_every_layout.py too;
-# windows in the two that stay, and outputs kept by name in the next test.
+# a window in the all-to-all that stays, and outputs kept by name in the next test.
 DOUBLE = ("fsdp, microbatches", "tensor, a window, kept by name", "kept by name")
 
 

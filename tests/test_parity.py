@@ -12,7 +12,7 @@ import transformers
 from safetensors.numpy import load_file
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from jaxlm import generate
+from jaxlm import generate, verify
 from jaxlm.interop.name_map import tensors, to_theirs
 from jaxlm.interop.read import load_params, read_model
 from jaxlm.interop.write import save_params
@@ -254,6 +254,13 @@ def check_round_trip(directory, model, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = make_batch(config.model.vocab_size)["tokens"]
     np.testing.assert_array_equal(their_logits(again, tokens), their_logits(model, tokens))
+
+
+def check_layout(config, sizes):
+    """Loss, metrics and gradients of the first batch on a mesh, against one device."""
+    reference = lambda double: verify.measure(config, double, start_only=True)
+    _, bad, _ = verify._compare(verify.replace_mesh(config, sizes), reference, True)
+    assert not bad
 
 
 def check_greedy(directory, model, mesh_case, prompts, count):

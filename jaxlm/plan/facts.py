@@ -25,7 +25,9 @@ class Facts:
 
     early: bool = False  # constants are made at the start, and not where they are read first
 
-    sinks: bool = False  # constants that a loop is given are made in it, where they are read
+    # Constants that a loop is given are made in it, where they are read: the masks of the head in
+    # programs for v5e (benchmarks/README.md).
+    sinks: bool = False
 
     tiles: bool = False  # arrays lie in tiles of TPUs (padding)
 
