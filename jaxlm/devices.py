@@ -22,6 +22,10 @@ logger = logging.getLogger("jaxlm")
 # VMs, vfio on newer ones; /dev/vfio/vfio is on machines without a TPU too).
 NVIDIA_FILES = ("/dev/nvidia*", "/dev/dxg", "/dev/nvmap", "/proc/driver/nvidia/version")
 TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+# Threads of XLA's CPU runtime per simulated device: as many collectives of one device can wait at
+# once as loops are nested in a step (microbatches, ticks or layers, the ring), and one more.
+# A loop runs on while the collective after it already waits; each waiting one keeps a thread.
+THREADS = 4
 
 
 def start(devices: cfg.Devices) -> None:
@@ -31,7 +35,9 @@ def start(devices: cfg.Devices) -> None:
         logger.info(f"not loaded, since this machine has no such device: {', '.join(absent)}")
     if devices.simulate:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", devices.simulate)
+        simulate(devices.simulate)
+    elif devices.coordinator or launcher():
+        _give_threads(1)
     if jax.distributed.is_initialized():
         return
     if devices.coordinator:
@@ -42,6 +48,21 @@ def start(devices: cfg.Devices) -> None:
         )
     elif launcher():
         _join()  # jax reads the launcher's variables itself
+
+
+def simulate(count: int) -> None:
+    """Ask for `count` CPU devices; before anything touches a device."""
+    jax.config.update("jax_num_cpu_devices", count)
+    _give_threads(count)
+
+
+def _give_threads(count: int) -> None:
+    """Have XLA's CPU runtime start enough threads for `count` devices; PJRT_NPROC wins.
+
+    By itself it starts one per device or core. Then a collective that waits can hold the very
+    thread that another device needs to take part, and all wait for ever.
+    """
+    os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, THREADS * count)))
 
 
 def leave_out_absent() -> list[str]:

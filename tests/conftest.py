@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 # Unoptimized machine code: the same HLO, compiled in half the time. So have processes that tests
-# start, but those of test_devices, which have the code that users run.
+# start, but those of test_devices, which have the code that users run. Devices that wait for one
+# another end the process after five minutes, not thirty.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the process they serve
@@ -23,10 +25,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the pr
     os.environ["XDG_CACHE_HOME"] = _cache.name  # of the planner
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-import jax  # noqa: E402  (it reads the environment)
+from jaxlm import devices  # noqa: E402  (jax reads the environment)
 
-# The number again, as the planner asks for it: jax refuses another once the devices are in use.
-jax.config.update("jax_num_cpu_devices", 8)
+# The number again, as a run asks for it: jax refuses another once the devices are in use.
+devices.simulate(8)
 
 
 @pytest.fixture(scope="session")

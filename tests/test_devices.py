@@ -49,6 +49,20 @@ def test_no_plugin_is_probed_without_its_hardware(data, tmp_path, arguments):
         assert "no such device: the CUDA plugin, libtpu" in done.stdout
 
 
+def test_simulated_devices_have_threads_for_several_waiting_collectives():
+    """With one for each, stage=2 fsdp=2 expert=2 of test_every_layout may wait for ever."""
+    code = (
+        "import os, jax\nfrom jaxlm import devices\nfrom jaxlm.config import Devices\n"
+        "devices.start(Devices(simulate=4))\nbefore = len(os.listdir('/proc/self/task'))\n"
+        "jax.devices()\nprint(len(os.listdir('/proc/self/task')) - before)"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
+    started = lambda **given: int(
+        subprocess.check_output([sys.executable, "-c", code], env=env | given, text=True)
+    )
+    assert started() - started(PJRT_NPROC="4") >= 16 - 4
+
+
 @pytest.mark.parametrize(
     "platforms, files, left",
     [

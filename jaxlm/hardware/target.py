@@ -156,7 +156,7 @@ class Target:
             return _tpu_devices(self)
         if self.platform == "gpu":
             return _gpu_devices(self)
-        jax.config.update("jax_num_cpu_devices", self.size)
+        here.simulate(self.size)
         return jax.devices("cpu")
 
 
