@@ -49,9 +49,12 @@ BOTH = "data x fsdp x tensor"
 MUON = [("gpt2", "muon", BOTH), *(tiny.nightly("gpt2", "muon", n) for n in LAYOUTS if n != BOTH)]
 
 
-@pytest.mark.parametrize(
-    "family, optimizer, layout", [("llama", "adamw", name) for name in list(LAYOUTS)[1:]] + MUON
-)
+FEW = ("microbatches",)  # each day in test_every_layout.py
+LLAMA = [("llama", "adamw", name) for name in list(LAYOUTS)[1:] if name not in FEW]
+LLAMA += [tiny.nightly("llama", "adamw", name) for name in FEW]
+
+
+@pytest.mark.parametrize("family, optimizer, layout", LLAMA + MUON)
 def test_every_layout_is_the_same_run(layout, family, optimizer, data, references):
     count, mesh = LAYOUTS[layout]
     config = tiny.config(family, f"data.path={data}", f"optimizer.name={optimizer}", *mesh)

@@ -38,11 +38,13 @@ CASES = {
     "mixtral, parts": ("mixtral", ["model.balance_coefficient=0.1", "batch.microbatches=2"]),
     "qwen3_moe, capacity": ("qwen3_moe", CAPACITY),
     "qwen3_moe, as DeepSeek": ("qwen3_moe", DEEPSEEK),
+    "qwen3_moe, capacity, as DeepSeek": ("qwen3_moe", CAPACITY + DEEPSEEK),
 }
 LAYOUTS = [  # those of test_every_layout.py apart
     tiny.nightly("mixtral, parts", 8, ["mesh.tensor=4", "mesh.data=2", "gather_at=step"]),
-    ("qwen3_moe, capacity", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.data=2"]),
-    ("qwen3_moe, as DeepSeek", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=2"]),
+    tiny.nightly("qwen3_moe, capacity", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.data=2"]),
+    tiny.nightly("qwen3_moe, as DeepSeek", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=2"]),
+    ("qwen3_moe, capacity, as DeepSeek", 8, ["mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=2"]),
 ]
 
 
