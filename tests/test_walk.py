@@ -5,6 +5,7 @@ and for CUDA 12) of rows of benchmarks/memory.py: FLOPs, results of collectives 
 """
 
 import collections
+import dataclasses
 import json
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_a_layout_costs_what_its_compiled_program_does(target, layout):
 
 WIDER = [
     ("cpu:8", "wider fsdp"), ("cpu:8", "wider fsdp, remat dots"),
-    ("cpu:8", "wider pipeline, remat none"),
+    ("cpu:8", "wider pipeline, remat none"), ("cpu:8", "wider fsdp, head whole"),
     ("h100:1x8", "wider fsdp"), ("h100:1x8", "wider fsdp, remat none"),
     ("h100:1x8", "wider fsdp, 4 microbatches"),
 ]  # fmt: skip
@@ -112,6 +113,43 @@ def test_a_step_that_the_planner_has_never_seen():
     assert_traffic(found.traffic, expected)
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     assert found.peak == pytest.approx(peak, rel=0.15)
+
+
+# Facts of XLA for CPU, each on the smallest program that shows it.
+
+
+def branches(weights, x):
+    """Five chains that need not wait for one another, and are large before they are summed."""
+    large = lambda w: jnp.cumsum(jnp.cumsum(x[:, :1] * w[:1], 0), 0)
+    return weights, sum(jnp.sum(jnp.cumsum(large(w), 0)) for w in weights)
+
+
+def used_twice(weights, x):
+    """One value, of elementwise work, for two operations of which one waits for the other."""
+    y = jnp.tanh(x)
+    first = jnp.max(jnp.cumsum(jnp.sin(y), 0))
+    return weights, jnp.max(jnp.cumsum(jnp.cos(y) + first, 0))
+
+
+@pytest.mark.parametrize("step, fact", [(branches, "breadth"), (used_twice, "once")])
+def test_what_xla_for_cpu_keeps_in_memory(step, fact):
+    axes = ("replica", "stage", "data", "fsdp", "context", "expert", "tensor")
+    sizes = dict.fromkeys(axes, 1)
+    devices = np.array(jax.devices()[:1]).reshape((1,) * len(axes))
+    mesh = Mesh(devices, axes, axis_types=(AxisType.Explicit,) * len(axes))
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P()))
+        for shape in ((5, 256, 512), (4096, 256))
+    ]
+    with jax.set_mesh(mesh):
+        trace = jax.jit(step).trace(*shapes)
+    target = parse_target("cpu:1")
+    read = traced.read_step(trace, target)
+    other = dataclasses.replace(read, facts=dataclasses.replace(read.facts, **{fact: False}))
+    memory = trace.lower().compile().memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    found = lambda read: traced.analyze(read, sizes, target, {}).peak
+    assert found(read) == pytest.approx(peak, rel=0.15) and found(other) < 0.8 * peak
 
 
 # Kernels declare what they cost.

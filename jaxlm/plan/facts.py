@@ -23,7 +23,11 @@ class Facts:
         False  # also what is larger than its operands leaves a loop in which it is the same
     )
 
-    early: bool = False  # constants are made at the start, and not where they are read first
+    # An operation runs as soon as what it reads is there, and not late, to save memory: XLA for
+    # CPU with its default, xla_cpu_enable_concurrency_optimized_scheduler.
+    breadth: bool = False
+
+    once: bool = False  # what has several readers is computed once and written, not for each
 
     # Constants that a loop is given are made in it, where they are read: the masks of the head in
     # programs for v5e (benchmarks/README.md).
@@ -59,8 +63,7 @@ FACTS = {
     "tpu": Facts(sinks=True, tiles=True),
     "gpu": Facts(masks=True),
     "cpu": Facts(
-        scatters=False, wire=4, merges=False, hoists=True, early=True,
-        masks=True,
+        scatters=False, wire=4, merges=False, hoists=True, breadth=True, once=True, masks=True,
     ),
 }  # fmt: skip
 # As the programs of benchmarks/ranking.py show (2026-11-25): gathers of weights that could start

@@ -110,11 +110,16 @@ class Memory:
                 kept.update(self._shown(v) for v in op.inputs if v is not None)
             if self.whole(op) or self.sums(op):
                 kept.update(op.outputs)
+        if self.facts.once:
+            readers = collections.Counter(v for op in self.body.ops for v in set(op.inputs))
+            for op in self.body.ops:
+                if op.name not in VIEWS:
+                    kept.update(v for v in op.outputs if readers[v] > 1)
         return kept
 
-    def _sources(self, op: Op) -> bool:
-        """Whether a value depends on anything; else it is a constant."""
-        return self.whole(op) or any(self.roots(v) for v in op.inputs if v is not None)
+    def _is_constant(self, op: Op) -> bool:
+        """Whether what an operation makes depends on nothing."""
+        return not self.whole(op) and not any(self.roots(v) for v in op.inputs if v is not None)
 
     def _shown(self, number: int) -> int:
         """What a chain of views shows: it needs no memory of its own."""
@@ -135,12 +140,11 @@ class Memory:
         return self.memo[number]
 
     def _run(self) -> tuple[Any, dict[int, Any]]:
-        ops, last, first = self.body.ops, {}, {}
+        ops, last, first = self._order(), {}, {}
         for k, op in enumerate(ops):
-            if self.whole(op) or any(v in self.kept for v in op.outputs):
-                for root in {root for v in op.inputs if v is not None for root in self.roots(v)}:
-                    last[root] = k
-                    first.setdefault(root, k)
+            for root in {root for v in op.inputs if v is not None for root in self.roots(v)}:
+                last[root] = k
+                first.setdefault(root, k)
         end = len(ops)
         results = {v for v in self.body.outputs if v is not None}
         last |= dict.fromkeys(results, end)
@@ -150,12 +154,10 @@ class Memory:
         for k, op in enumerate(ops):
             for v in op.outputs:
                 if v in self.kept and v in last and not self._in_place(v, k, op, last):
-                    late = not self.whole(op) and v not in results
-                    constant = not self.whole(op) and not self._sources(op)
-                    if constant and self.facts.sinks and v not in results:
+                    late = not self.whole(op) and v not in results and not self.facts.breadth
+                    if self.facts.sinks and v not in results and self._is_constant(op):
                         continue
-                    early = self.facts.early and constant
-                    births[0 if early else first[v] if late else k].append(v)
+                    births[first[v] if late else k].append(v)
         for v, k in last.items():
             deaths[k].append(v)
         self.until = {v: ops[k] for v, k in last.items() if k < end}
@@ -173,6 +175,26 @@ class Memory:
                 best = {v: size for v, size in live.items() if v not in shared} | inside
             total = total - sum(live.pop(v, 0.0) for v in deaths[k])
         return peak, best
+
+    def _order(self) -> list[Op]:
+        """The operations that write, in the order in which they run."""
+        ops = [op for op in self.body.ops if self.whole(op) or self.kept & set(op.outputs)]
+        if not self.facts.breadth:
+            return ops
+        needs, users = {}, collections.defaultdict(list)
+        for op in ops:
+            roots = {root for v in op.inputs if v is not None for root in self.roots(v)}
+            before = {id(self.made[root]) for root in roots if root in self.made}
+            needs[id(op)] = len(before)
+            for maker in before:
+                users[maker].append(op)
+        queue = [op for op in ops if not needs[id(op)]]
+        for op in queue:  # grows
+            for user in users[id(op)]:
+                needs[id(user)] -= 1
+                if not needs[id(user)]:
+                    queue.append(user)
+        return queue
 
     def _zeros(self) -> Any:
         """What mapped loops in a loop stack starts as zeros, which the outer one holds.

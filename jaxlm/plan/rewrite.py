@@ -133,7 +133,8 @@ def _hoisted(outer: Body, op: Op, grows: bool, seen: dict[str, Op]) -> list[Op]:
     fixed: dict[int, Any] = dict(zip(body.inputs[:consts], op.inputs, strict=False))
     out, kept, new = [], [], []
     for one in body.ops:
-        free = not one.bodies and one.inputs and all(v is None or v in fixed for v in one.inputs)
+        reads = [v for v in one.inputs if v is not None]  # constants are made where they are used
+        free = not one.bodies and reads and all(v in fixed for v in reads)
         size = lambda numbers: sum(
             body.arrays[v].width * math.prod(body.arrays[v].shape) for v in numbers if v is not None
         )
