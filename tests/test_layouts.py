@@ -49,7 +49,7 @@ BOTH = "data x fsdp x tensor"
 MUON = [("gpt2", "muon", BOTH), *(tiny.nightly("gpt2", "muon", n) for n in LAYOUTS if n != BOTH)]
 
 
-FEW = ("microbatches",)  # each day in test_every_layout.py
+FEW = ("microbatches", "gathered once a step")  # each day in test_{every_layout,context}.py
 LLAMA = [("llama", "adamw", name) for name in list(LAYOUTS)[1:] if name not in FEW]
 LLAMA += [tiny.nightly("llama", "adamw", name) for name in FEW]
 

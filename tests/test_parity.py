@@ -174,21 +174,9 @@ def their_balance_loss(model, out):
     return sum((c.router_aux_loss_coef * one(x) for x in logits), torch.zeros(()))
 
 
-# One dense, one with experts: test_every_layout.py holds every family on a mesh to one device.
-ON_A_MESH = ("llama, untied", "qwen3_moe")
-NIGHTLY = [
-    pytest.param(case, "fsdp x tensor", marks=pytest.mark.nightly)
-    for case in MODELS
-    if case not in ON_A_MESH
-]
-
-
-@pytest.mark.parametrize(
-    "case, mesh_case",
-    [(case, "one device") for case in MODELS]
-    + [(case, "fsdp x tensor") for case in ON_A_MESH]
-    + NIGHTLY,
-)
+# test_every_layout.py holds every family on a mesh to one device.
+@pytest.mark.parametrize("mesh_case", ["one device", tiny.nightly("fsdp x tensor")])
+@pytest.mark.parametrize("case", MODELS)
 def test_logits_and_gradients_are_those_of_transformers(case, mesh_case, theirs):
     check_logits_and_gradients(*theirs(case), mesh_case, case)
 
