@@ -272,7 +272,7 @@ def test_same_on_every_mesh(name, shape):
     check(sharded, single, 3.4445**5 * 2**-24 if name == "muon" else 1e-6)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shape", [*map(tiny.nightly, MESHES[:3]), *MESHES[3:]], ids=str)
 def test_muon_in_float64_is_the_same_on_every_mesh(shape):
     """What float32 shows between layouts is rounding alone."""
     with jax.enable_x64(True):

@@ -295,6 +295,11 @@ def test_kinds_of_meshes_are_looked_at_outwards_from_the_simplest():
     assert best.sizes["stage"] == 16
 
 
+def test_a_search_starts_at_the_simplest_kind_of_all_that_single_steps_join():
+    assert search._simplest([(1, 1), (1, 4), (2, 4), (2, 8)]) == {(1, 1)}
+    assert search._simplest([(1, 1), (1, 2), (2, 4), (8, 4)]) == {(1, 1), (2, 4)}
+
+
 def test_the_way_outwards_leads_over_kinds_that_are_not_legal():
     """16 layers on 24 devices: 3 and 6 stages divide the devices, but not the layers."""
     config = load("model.num_layers=16", "batch.sequences=1536")

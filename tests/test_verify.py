@@ -321,6 +321,7 @@ def test_another_number_of_microbatches_is_tried(monkeypatch, start_only):
     assert result.first.startswith("loss of loss in 2 microbatches")
 
 
+@pytest.mark.nightly  # each day in test_moe.py: microbatches change nothing but the balance loss
 def test_experts_without_a_balance_loss_are_the_same_in_all_microbatches(start_only):
     config = tiny.config("mixtral", "model.balance=none", "model.router_z_loss=0.1")
     on_mesh = verify.replace_mesh(config, {"data": 2})

@@ -23,9 +23,10 @@ class Facts:
         False  # also what is larger than its operands leaves a loop in which it is the same
     )
 
-    # An operation runs as soon as what it reads is there, and not late, to save memory: XLA for
-    # CPU with its default, xla_cpu_enable_concurrency_optimized_scheduler.
-    breadth: bool = False
+    # When an operation runs: as it was traced; "early", as soon as what it reads is there (XLA for
+    # CPU by its default, xla_cpu_enable_concurrency_optimized_scheduler); "late", where it makes
+    # more than it frees, right before its result is read (libtpu).
+    order: str = "traced"
 
     once: bool = False  # what has several readers is computed once and written, not for each
 
@@ -60,10 +61,10 @@ class Facts:
 
 
 FACTS = {
-    "tpu": Facts(sinks=True, tiles=True),
+    "tpu": Facts(sinks=True, tiles=True, order="late"),
     "gpu": Facts(masks=True),
     "cpu": Facts(
-        scatters=False, wire=4, merges=False, hoists=True, breadth=True, once=True, masks=True,
+        scatters=False, wire=4, merges=False, hoists=True, order="early", once=True, masks=True,
     ),
 }  # fmt: skip
 # As the programs of benchmarks/ranking.py show (2026-11-25): gathers of weights that could start

@@ -32,6 +32,9 @@ ARRAYS = LOOPS | {
 }  # fmt: skip
 
 
+Readers = dict[int, list[Op]]  # of an operation, by its id
+
+
 class Memory:
     """The largest sum of live values of a body, and which they are.
 
@@ -154,7 +157,8 @@ class Memory:
         for k, op in enumerate(ops):
             for v in op.outputs:
                 if v in self.kept and v in last and not self._in_place(v, k, op, last):
-                    late = not self.whole(op) and v not in results and not self.facts.breadth
+                    late = not self.whole(op) and v not in results
+                    late = late and self.facts.order != "early"
                     if self.facts.sinks and v not in results and self._is_constant(op):
                         continue
                     births[first[v] if late else k].append(v)
@@ -179,22 +183,51 @@ class Memory:
     def _order(self) -> list[Op]:
         """The operations that write, in the order in which they run."""
         ops = [op for op in self.body.ops if self.whole(op) or self.kept & set(op.outputs)]
-        if not self.facts.breadth:
+        if self.facts.order == "traced":
             return ops
-        needs, users = {}, collections.defaultdict(list)
+        makers = {}
         for op in ops:
             roots = {root for v in op.inputs if v is not None for root in self.roots(v)}
-            before = {id(self.made[root]) for root in roots if root in self.made}
-            needs[id(op)] = len(before)
-            for maker in before:
-                users[maker].append(op)
-        queue = [op for op in ops if not needs[id(op)]]
+            makers[id(op)] = {id(self.made[root]) for root in roots if root in self.made}
+        readers = collections.defaultdict(list)
+        for op in ops:
+            for maker in makers[id(op)]:
+                readers[maker].append(op)
+        order = self._early if self.facts.order == "early" else self._late
+        return order(ops, makers, readers)
+
+    def _early(self, ops: list[Op], makers: dict[int, set[int]], readers: Readers) -> list[Op]:
+        """First come, first served."""
+        waits = {id(op): len(makers[id(op)]) for op in ops}
+        queue = [op for op in ops if not waits[id(op)]]
         for op in queue:  # grows
-            for user in users[id(op)]:
-                needs[id(user)] -= 1
-                if not needs[id(user)]:
-                    queue.append(user)
+            for reader in readers[id(op)]:
+                waits[id(reader)] -= 1
+                if not waits[id(reader)]:
+                    queue.append(reader)
         return queue
+
+    def _late(self, ops: list[Op], makers: dict[int, set[int]], readers: Readers) -> list[Op]:
+        """As traced, but what makes more than it frees runs right before its first reader."""
+        last = {
+            root: op for op in ops for v in op.inputs if v is not None for root in self.roots(v)
+        }
+        freed = collections.Counter()
+        for root, op in last.items():
+            freed[id(op)] += self.size(root) if root in self.made else 0
+        results, keys = set(self.body.outputs), {}
+        for k, op in reversed(list(enumerate(ops))):
+            grows = sum(map(self.size, op.outputs)) - freed[id(op)]
+            if (
+                op.name in LOOPS
+                or results & set(op.outputs)
+                or not readers[id(op)]
+                or np.any(grows <= 0)
+            ):
+                keys[id(op)] = (k, math.inf)
+            else:  # after all that is moved there too, and comes before it in the trace
+                keys[id(op)] = (*min(keys[id(one)] for one in readers[id(op)])[:-1], k, math.inf)
+        return sorted(ops, key=lambda op: keys[id(op)])
 
     def _zeros(self) -> Any:
         """What mapped loops in a loop stack starts as zeros, which the outer one holds.

@@ -150,8 +150,8 @@ def analytic_search(
 ) -> Search:
     """Every legal mesh x microbatches with full remat; of the best meshes, all other settings.
 
-    Meshes of one kind share traces, and a kind takes seconds: from the simplest one the search goes
-    on to the kinds beside the best two that are near each other. With `mesh_only` all but the mesh
+    Meshes of one kind share traces, and a kind takes seconds: from the simplest the search goes on
+    to the kinds beside the best two that are near each other. With `mesh_only` all but the mesh
     stays as the config has it.
     """
     limit = estimate.memory_limit(target) * config.plan.memory or math.inf
@@ -185,7 +185,7 @@ def analytic_search(
         if wanted := [pair for pair in wanted if not any(layout_problems(*pair))]:
             kinds.setdefault(_kind(sizes), []).extend(wanted)
     seen: dict[tuple[int, ...], tuple] = {}  # kind -> the order of its best candidate
-    nearest = set(sorted(kinds)[:1])
+    nearest = _simplest(kinds)
     while nearest:
         for kind in sorted(nearest):
             seen[kind] = min(map(_order, look(kinds[kind])))
@@ -255,6 +255,18 @@ def _beside(kind: tuple[int, ...], kinds: Iterable[tuple[int, ...]]) -> set[tupl
         place = line.index(kind)
         found |= {*line[max(0, place - 1) : place + 2]}
     return found - {kind}
+
+
+def _simplest(kinds: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """The first kind of all that steps along one axis join; more than one where none joins all."""
+    left, found = set(kinds), set()
+    while left:
+        reached = [min(left)]
+        found.add(reached[0])
+        for kind in reached:  # grows
+            reached += _beside(kind, left) - set(reached)
+        left -= set(reached)
+    return found
 
 
 def _mesh_key(config: cfg.Config, sizes: dict[str, int]) -> tuple:
