@@ -59,10 +59,14 @@ def simulate(count: int) -> None:
 def _give_threads(count: int) -> None:
     """Have XLA's CPU runtime start enough threads for `count` devices; PJRT_NPROC wins.
 
-    By itself it starts one per device or core. Then a collective that waits can hold the very
-    thread that another device needs to take part, and all wait for ever.
+    By itself it starts one per device, or one per core that this process may use. Then a collective
+    that waits can hold the very thread that another device needs to take part, and all wait for
+    ever.
     """
-    os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, THREADS * count)))
+    limited = hasattr(os, "sched_getaffinity")  # Linux
+    cores = len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
+    if THREADS * count > cores:
+        os.environ.setdefault("PJRT_NPROC", str(THREADS * count))
 
 
 def leave_out_absent() -> list[str]:
