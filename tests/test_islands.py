@@ -1,6 +1,8 @@
 """Islands in one job, against islands trained one by one and merged by numpy in float64."""
 
 import dataclasses
+import json
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import checkpoint, outer
+from jaxlm.cli import main
 from jaxlm.data import load, open_split
 from jaxlm.outer import exchange, fleet, together
 from jaxlm.outer.relocate import compile_for
@@ -237,11 +240,6 @@ def test_a_resumed_run_goes_on_bit_for_bit(data, tmp_path):
     same(again, params)
     assert all(np.any(x) for kept in ("momentum", "error", "sent")
                for x in state.memory[kept].values())  # fmt: skip
-    # The merged model alone is what evaluation and export read.
-    found = checkpoint.restore_params(
-        tmp_path, 6, *(jax.tree.map(lambda x: x, each) for each in (state.shared["params"], {}))
-    )
-    assert found[0].keys() == params.keys()
 
 
 @pytest.mark.nightly
@@ -272,6 +270,30 @@ def test_memory_is_the_same_in_a_checkpoint_of_any_mesh(data, mesh):
         again = programs.save_memory(programs.load_memory(saved))
     for kept in saved:
         same(jax.tree.map(np.asarray, again[kept]), jax.tree.map(np.asarray, saved[kept]))
+
+
+def test_two_processes_of_an_island_each_are_one_process_of_both(data, tmp_path, capsys):
+    """Losses are means over islands; what is evaluated and kept is the merged model."""
+    own = [*SGD, *ISLANDS, *EVERYTHING, f"steps={STEPS}", f"data.path={data}"]
+    losses, params, state = train(config(data, *ISLANDS, *EVERYTHING), 4)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    own += [f"run.dir={tmp_path}", "devices.simulate=2", "devices.num_processes=2"]
+    own += [f"devices.coordinator=localhost:{port}", "checkpoint.every=6", "eval.every=6"]
+    llama = tiny.CONFIGS / "llama.yaml"
+    processes = [tiny.command("train", llama, *own, f"devices.process_id={i}") for i in (0, 1)]
+    for process in processes:
+        tiny.finish(process)
+    assert list(tiny.losses(tmp_path).values()) == pytest.approx(losses, rel=1e-6)
+    where = {n: x.sharding for n, x in state.shared["params"].items()}
+    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[n]) for n, x in params.items()}
+    with jax.set_mesh(jax.tree.leaves(where)[0].mesh):
+        kept, _ = checkpoint.restore_params(tmp_path / "checkpoints", STEPS, like, {})
+    close(jax.tree.map(np.asarray, kept), params)
+    logged = [r["eval/loss"] for r in tiny.records(tmp_path) if "eval/loss" in r]
+    assert main(["eval", str(tmp_path), "--json", "devices.simulate=0", "mesh.data=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(logged[-1], rel=1e-5)
 
 
 def test_a_program_is_compiled_once_for_all_islands():

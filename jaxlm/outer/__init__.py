@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlm import checkpoint
+from jaxlm import checkpoint, metrics
 from jaxlm import config as cfg
 from jaxlm.outer import together
 from jaxlm.outer.meeting import Meeting
@@ -26,6 +26,5 @@ def alone(config: cfg.Config, program: Program) -> Meeting:
 
     return Meeting(
         begin=lambda state: state, restore=restore, step=program.train_step,
-        read=lambda values: {name: float(value) for name, value in values.items()},
-        merged=lambda state: state, saved=lambda state: (state, {}),
+        read=metrics.numbers, merged=lambda state: state, saved=lambda state: (state, {}),
     )  # fmt: skip

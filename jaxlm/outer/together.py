@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import checkpoint
+from jaxlm import checkpoint, metrics
 from jaxlm import config as cfg
 from jaxlm.outer import merge
 from jaxlm.outer.exchange import Memory, Programs, make_programs, new_memory, saved_specs
@@ -160,8 +160,8 @@ def merged(fleet: Fleet, state: Whole | Parted) -> State:
 def read(fleet: Fleet, values: dict) -> dict[str, float]:
     """Metrics: means over all islands by the weight of their losses. All processes call it."""
     if "loss" in values:  # of a step on the whole mesh
-        return {name: float(value) for name, value in values.items()}
-    numbers = {k: {name: float(v) for name, v in each.items()} for k, each in values.items()}
+        return metrics.numbers(values)
+    numbers = {k: metrics.numbers(each) for k, each in values.items()}
     if fleet.count == 1:
         return numbers[0]
     here, names = jax.process_index(), list(numbers[fleet.own[0]])
