@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm import checkpoint, outer
 from jaxlm.cli import main
 from jaxlm.data import load, open_split
-from jaxlm.outer import exchange, fleet, together
+from jaxlm.outer import exchange, fleet, merge, together
 from jaxlm.outer.relocate import compile_for
 from jaxlm.program import make_program, program_on
 from jaxlm.sharding import batch_shardings, sequence_order
@@ -294,6 +294,50 @@ def test_two_processes_of_an_island_each_are_one_process_of_both(data, tmp_path,
     logged = [r["eval/loss"] for r in tiny.records(tmp_path) if "eval/loss" in r]
     assert main(["eval", str(tmp_path), "--json", "devices.simulate=0", "mesh.data=2"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(logged[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["nan", "away"])
+def test_a_refused_island_starts_again_from_the_merged_model(data, bad):
+    """Its contribution counts for nothing, and what it could not send is forgotten."""
+    own = ["mesh.replica=4", "mesh.fsdp=2", "outer.every=4", "outer.rule=average"]
+    islands = config(data, *own, "outer.defend=cosine", "outer.wire=[int8,float32]")
+    found = fleet.open_fleet(islands, program_of(islands, 8))
+    programs, rng = exchange.make_programs(found), np.random.default_rng(0)
+    before, thetas = {}, {}
+    for name, leaf in found.abstract.params.items():
+        before[name] = rng.normal(size=leaf.shape).astype(np.float32)
+        step = 0.1 * (rng.normal(size=leaf.shape) + 0.3 * rng.normal(size=(4, *leaf.shape)))
+        step[2] = np.nan if bad == "nan" and name == "embed" else -step[2]
+        thetas[name] = (before[name] - step).astype(np.float32)
+    whole = lambda arrays: {
+        n: jax.device_put(x, NamedSharding(found.whole.mesh, found.homes[n]))
+        for n, x in arrays.items()
+    }
+    joined = lambda arrays: {
+        n: jax.device_put(x.reshape(-1, *x.shape[2:]), leaf.sharding)
+        for (n, x), leaf in zip(
+            arrays.items(), fleet.join_abstract(found, found.abstract.params).values(), strict=True
+        )
+    }
+    with jax.set_mesh(found.whole.mesh):
+        tokens = jax.device_put(
+            np.ones(4, np.float32), NamedSharding(found.whole.mesh, P("replica"))
+        )
+        update, memory, verdict = programs.exchange(
+            joined(thetas), whole(before), exchange.new_memory(found), 0, tokens
+        )
+        after, merged, _, _ = programs.adopt(
+            joined(thetas), whole(before), {}, update, verdict.refused, 0
+        )
+    assert [merge.REASONS[i] for i in verdict.refused] == [
+        "", "", {"nan": merge.REASONS[2], "away": merge.REASONS[3]}[bad], "",
+    ]  # fmt: skip
+    for name, x in merged.items():
+        own = np.asarray(after[name]).reshape(thetas[name].shape)
+        np.testing.assert_array_equal(own[2], x)
+        assert np.isfinite(own).all()
+        error = np.asarray(memory["error"][name]).reshape(4, 2, -1)  # islands, devices, elements
+        assert not error[2].any() and all(error[k].any() for k in (0, 1, 3))
 
 
 def test_a_program_is_compiled_once_for_all_islands():

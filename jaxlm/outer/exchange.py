@@ -108,7 +108,7 @@ def make_exchange(fleet: Fleet):
             update_N = jax.vmap(decode)(_as_bits(gather, payload)).reshape(-1)
             shape = _fragment_shape(fleet, n)
             update[n] = update_N[: math.prod(shape)].reshape(shape)
-        refused = merge.is_bad(verdict)[jax.lax.axis_index(ISLAND)]
+        refused = merge.is_bad(verdict.refused)[jax.lax.axis_index(ISLAND)]
         dropped = {n: jnp.where(refused, 0.0, x) for n, x in error_N.items() if x is not None}
         new = state | {"error": dropped, "sent": sent_M}
         memory = {
@@ -145,7 +145,7 @@ def make_adopt(fleet: Fleet):
     mix, parts = fleet.config.outer.mix, fleet.config.outer.fragments
 
     def adopt(thetas: Arrays, before: Arrays, fixed: Arrays, update: Arrays, refused_K, fragment):
-        refused = refused_K[jax.lax.axis_index(ISLAND)]
+        refused = merge.is_bad(refused_K)[jax.lax.axis_index(ISLAND)]
         for n in fleet.names:
             old, theta = cut(before[n], fragment, parts), cut(thetas[n], fragment, parts)
             new = theta + (1 - mix) * ((old - theta) - update[n])
@@ -264,7 +264,7 @@ def abstract_calls(fleet: Fleet):
         n: jax.ShapeDtypeStruct(_whole_fragment(fleet, n), jnp.float32, sharding=home)
         for n, home in homes(params).items()
     }
-    refused = jax.ShapeDtypeStruct((fleet.count,), jnp.bool, sharding=NamedSharding(mesh, P()))
+    refused = jax.ShapeDtypeStruct((fleet.count,), jnp.int32, sharding=NamedSharding(mesh, P()))
     memory = abstract_memory(fleet)
     yield make_exchange(fleet), (thetas, before, memory, number, tokens)
     yield make_adopt(fleet), (thetas, before, fixed, update, refused, number)
