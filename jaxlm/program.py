@@ -28,6 +28,7 @@ from jaxlm.loss import (
 )
 from jaxlm.mesh import open_mesh
 from jaxlm.models.decoder import Decoder
+from jaxlm.privacy.norms import clip_rows
 from jaxlm.sharding import Layout, batch_shardings, wide
 from jaxlm.state import Arrays, State, Structure, abstract_state, model_structure
 
@@ -118,6 +119,8 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
     """Sums over the batch: loss, weight, gradients, aux. The one seam between kinds of step."""
     params = defer_reduction(state.params, structure, layout)
     fixed = defer_reduction(state.fixed, structure, layout)
+    if config.privacy.clip_norm:
+        batch = clip_rows(config, structure, params, fixed, batch, layout)
     if layout.size("layers") > 1:
         aux, grads = pipeline.accumulate(config, structure, params, fixed, batch, layout)
     else:
