@@ -29,6 +29,7 @@ from jax.sharding import reshard
 from jaxlm.keys import UserError
 from jaxlm.specs import entry_axes, partitions, wide
 
+BALANCE = 1000  # multiplications in the time that an accelerator moves a float32 twice
 SMALL = 1 << 20  # bytes of the products of a device's rows, up to which they are made at once
 
 
@@ -206,7 +207,9 @@ def _squares(x_BHSL, g_BHSR, token_axes: tuple[str, ...]) -> jax.Array:
         total = jnp.sum(xx_ST * gg_ST)
         return jnp.maximum(jax.lax.psum(total, token_axes) if token_axes else total, 0)
 
-    pairs = shared == 1 and whole * (left + right) < left * right
+    # Multiplications, and what reading and writing the squares costs in the time of them.
+    product_cost = left * right * (length + BALANCE)
+    pairs = shared == 1 and length * whole * (left + right + 1.5 * BALANCE) < product_cost
     one = by_pairs if pairs else by_product
     size = dtype.itemsize * (2 * length * whole if pairs else shared * left * right)
     if rows == 1 or rows * size > SMALL:

@@ -56,10 +56,12 @@ def _forward(static: _Head, hidden_BSD, head_VD, targets_BS, tokens_BS, norms_B,
     return losses, (hidden_BSD, head_VD, targets_BS, tokens_BS, like)
 
 
+@jax.named_scope("head")
 def _backward(static: _Head, saved, grads):
     """Row by row on each device: the gradient of the head, of which the norm is kept."""
     hidden_BSD, head_VD, targets_BS, tokens_BS, like = saved
     ways = static.layout.size("batch")
+    static = static._replace(chunks=_chunks_of_row(static.chunks, targets_BS.shape[0] // ways))
     rows = {"hidden": hidden_BSD, "targets": targets_BS, "nll": grads[0], "z": grads[1]}
     rows |= {} if tokens_BS is None else {"tokens": tokens_BS}
     rows = jax.tree.map(lambda x: _by_row(x, ways), rows)
@@ -69,6 +71,11 @@ def _backward(static: _Head, saved, grads):
 
 
 _losses.defvjp(_forward, _backward)
+
+
+def _chunks_of_row(chunks: int, rows: int) -> int:
+    """Chunks in which one row has no more tokens than a chunk of all rows of a device."""
+    return next(n for n in range(1, chunks + 1) if chunks % n == 0 and n * rows >= chunks)
 
 
 def _by_row(x, ways: int):

@@ -30,7 +30,10 @@ def clip_rows(
     square_B = row_squares(config, structure, params, fixed, batch, layout)
     limit = config.privacy.clip_norm
     factor_B = limit / jnp.maximum(jnp.sqrt(square_B), limit) / config.batch.sequence_length
-    return batch | {"weights": batch["weights"] * factor_B[:, None].astype(batch["weights"].dtype)}
+    weights_BS = batch["weights"] * factor_B[:, None]
+    # Without it a compiler may run the forward pass of the ordinary step, which needs no norms,
+    # beside this one, and keep the activations of both.
+    return jax.lax.optimization_barrier(batch | {"weights": weights_BS})
 
 
 @jax.named_scope("row norms")
