@@ -192,7 +192,10 @@ def test_products(equation, x, w, monkeypatch):
     rng = np.random.default_rng(0)
     inputs, out = equation.split("->")
     term, weight = inputs.split(",")
-    with jax.enable_x64(True), jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
+    with (
+        jax.enable_x64(True),
+        jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])),
+    ):
         x = jnp.asarray(rng.standard_normal(x))
         y = jax.eval_shape(lambda: jnp.einsum(equation, x, jnp.ones(w)))
         grad = jnp.asarray(rng.standard_normal(y.shape))

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from jaxlm import extras
 
-UNIT = (
-    "one row: batch.sequence_length tokens and the one after them, added to or removed from the "
-    "training split"
+UNIT = (  # of a sequence length
+    "one row ({} tokens, and the one after them to predict): whether it is among the rows of the "
+    "training split or left out"
 )
 
 
