@@ -1,10 +1,11 @@
 """The norm of each row's gradient, without any gradient: what every use of a weight adds to it.
 
-A weight of which only this norm is wanted is `Probed`. A use of it (a product, a lookup) is computed
-as always; on the way back the cotangent of `norms_B`, zeros that the value ignores, is the squared
-norm of the gradient that each row of the batch has through this use ("ghost norms",
+A weight of which only this norm is wanted is `Probed`. A use of it (a product, a lookup) is
+computed as always; on the way back the cotangent of `norms_B`, zeros that the value ignores, is the
+squared norm of the gradient that each row of the batch has through this use ("ghost norms",
 arXiv:2009.03106), and the weight has no gradient. For y = x w it is the norm of a product over the
-tokens of the row: made, or taken from the products of all pairs of its tokens, whichever costs less.
+tokens of the row: made, or taken from the products of all pairs of its tokens, whichever costs
+less.
 
 The norm of a sum is no sum of norms: a weight that is used twice is refused, but for an embedding
 that is also the head (privacy/norms.py). What knows nothing of this file cannot use such a weight.
@@ -191,10 +192,10 @@ def _squares(x_BHSL, g_BHSR, token_axes: tuple[str, ...]) -> jax.Array:
     right = g_BHSR.shape[-1]
     whole = length * math.prod(jax.lax.axis_size(axis) for axis in token_axes)
     dtype = wide(x_BHSL.dtype)
-    exact = dict(preferred_element_type=dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
 
     def by_product(x_HSL, g_HSR):
-        product_HLR = jnp.einsum("hsl,hsr->hlr", x_HSL, g_HSR, **exact)
+        product_HLR = product("hsl,hsr->hlr", x_HSL, g_HSR)
         if token_axes:
             product_HLR = jax.lax.psum(product_HLR, token_axes)
         return jnp.sum(jnp.square(product_HLR))
@@ -202,8 +203,8 @@ def _squares(x_BHSL, g_BHSR, token_axes: tuple[str, ...]) -> jax.Array:
     def by_pairs(x_HSL, g_HSR):
         every = lambda a: jax.lax.all_gather(a, token_axes, axis=1, tiled=True)
         others = [every(a) if token_axes else a for a in (x_HSL, g_HSR)]
-        xx_ST = jnp.einsum("hsl,htl->st", x_HSL, others[0], **exact)
-        gg_ST = jnp.einsum("hsr,htr->st", g_HSR, others[1], **exact)
+        xx_ST = product("hsl,htl->st", x_HSL, others[0])
+        gg_ST = product("hsr,htr->st", g_HSR, others[1])
         total = jnp.sum(xx_ST * gg_ST)
         return jnp.maximum(jax.lax.psum(total, token_axes) if token_axes else total, 0)
 

@@ -92,11 +92,11 @@ def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, op
     private = config.privacy.clip_norm > 0
 
     def train_step(state: State, batch: Arrays) -> tuple[State, Arrays]:
-        words, batch = batch.get("noise"), {n: x for n, x in batch.items() if n != "noise"}
-        loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, batch, layout)
+        rows = {name: x for name, x in batch.items() if name != "noise"}
+        loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, rows, layout)
         count = jnp.where(weight_sum > 0, weight_sum, 1)  # a batch in which nothing counts
-        if private:  # nothing of the batch may tell how many rows it has
-            grads = add_noise(config.privacy, grads, words)
+        if private:  # nothing may tell how many rows the batch has
+            grads = add_noise(config.privacy, grads, batch["noise"])
             count = expected_rows(config.batch.sequences, config.privacy.delta)
         grads = jax.tree.map(lambda g: g / count, grads)
         fixed, aux = update_fixed(config.model, state.fixed, aux)

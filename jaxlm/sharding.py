@@ -116,7 +116,7 @@ class Layout:
         """The weight in use, in the compute type: cast, then all-gathered."""
         raw, dims = param.get_raw_value(), param.get_metadata("dims")
         if isinstance(raw, ghost.Probed):  # its gradient's norm is wanted, not the gradient
-            return raw.replace(self._gather(raw.value, param, dims))
+            return raw.replace(self._gather(raw.value, param, dims))  # pyright: ignore
         return self._gather(param.get_value(), param, dims)
 
     def _gather(self, value: jax.Array, param: nnx.Param, dims: str) -> jax.Array:

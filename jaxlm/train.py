@@ -58,7 +58,8 @@ def train(config: cfg.Config) -> None:
         shardings = batch_shardings(config, layout, mesh)
         held_out = make_evaluation(config, structure, layout, shardings, options)
         tokenizer = run.training_tokenizer(config)
-        example = run.example_prompt(config, tokenizer, training)
+        # Its words are those of a training text, which a private run may not show.
+        example = "" if ledger else run.example_prompt(config, tokenizer, training)
         write_samples = make_sampling(config, structure, layout, mesh, tokenizer)
         state, start = run.first_state(config, layout, optimizer, mesh, training)
         stream = load.batches

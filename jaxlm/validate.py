@@ -273,9 +273,9 @@ def _check_privacy(config: Config) -> None:
         raise UserError(f"privacy.delta={p.delta:g} must be between 0 and 1, as in 1e-6")
     if config.model.expert_share < 1:
         raise UserError(
-            f"model.family={config.model.family} with privacy.clip_norm={p.clip_norm:g}: the losses "
-            "that even the load of experts join the rows of a batch, so no row's part of the "
-            "gradient is bounded; use a family without experts"
+            f"model.family={config.model.family} with privacy.clip_norm={p.clip_norm:g}: the "
+            "losses that even the load of experts join the rows of a batch, so no row's part of "
+            "the gradient is bounded; use a family without experts"
         )
     if config.mesh.stage != 1:
         raise UserError(
@@ -285,6 +285,6 @@ def _check_privacy(config: Config) -> None:
         )
     if config.outer.every:
         raise UserError(
-            f"outer.every={config.outer.every} with privacy.clip_norm={p.clip_norm:g}: what islands "
-            "spend together is not accounted for; use outer.every=0"
+            f"outer.every={config.outer.every} with privacy.clip_norm={p.clip_norm:g}: what "
+            "islands spend together is not accounted for; use outer.every=0"
         )

@@ -1,4 +1,4 @@
-"""Norms of rows' gradients and their clipped sums against rows one by one, on every kind of mesh."""
+"""Norms of rows' gradients and clipped sums against rows one by one, on every kind of mesh."""
 
 import dataclasses
 import functools

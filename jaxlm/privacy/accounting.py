@@ -2,8 +2,9 @@
 
 A step releases the sum of clipped gradients over a Poisson sample, with Gaussian noise. Privacy
 loss distributions (arXiv:2106.08567) compose steps; rounding there is upwards. A sample too large
-for the batch is cut: with T steps, each cut with chance t at most, both of two datasets' runs differ
-from those without cuts with chance T t, which adds (1 + e^epsilon) T t to delta (arXiv:2411.04205).
+for the batch is cut: with T steps, each cut with chance t at most, both of two datasets' runs
+differ from those without cuts with chance T t, which adds (1 + e^epsilon) T t to delta
+(arXiv:2411.04205).
 """
 
 from __future__ import annotations

@@ -52,11 +52,19 @@ def make_report(config: cfg.Config) -> dict[str, Any]:
     if p.epsilon:
         steps = affordable_steps(terms.epsilon, p.epsilon, config.steps)
     return {
-        "unit": UNIT.format(config.batch.sequence_length), "rows": terms.num_rows, "rows_a_step": terms.expected, "rate": terms.rate,
-        "places": config.batch.sequences, "clip_norm": p.clip_norm,
-        "noise_multiplier": p.noise_multiplier, "delta": p.delta, "steps": config.steps,
-        "budget": p.epsilon, "last_step": steps, "epsilon": _marks(terms, steps),
-    }  # fmt: skip
+        "unit": UNIT.format(config.batch.sequence_length),
+        "rows": terms.num_rows,
+        "rows_a_step": terms.expected,
+        "rate": terms.rate,
+        "places": config.batch.sequences,
+        "clip_norm": p.clip_norm,
+        "noise_multiplier": p.noise_multiplier,
+        "delta": p.delta,
+        "steps": config.steps,
+        "budget": p.epsilon,
+        "last_step": steps,
+        "epsilon": _marks(terms, steps),
+    }
 
 
 def _marks(terms, steps: int) -> dict[int, float]:
@@ -70,15 +78,15 @@ def describe(report: dict[str, Any]) -> str:
     r = report
     lines = [
         f"protects {r['unit']}",
-        f"rows {r['rows']:,}; a step draws each with chance {r['rate']:.3g}: {r['rows_a_step']:.1f} "
-        f"rows on average, in a batch of {r['places']} places",
-        f"gradients of rows clipped to {r['clip_norm']:g}, noise of {r['noise_multiplier']:g} times "
-        f"that; delta {r['delta']:g}",
+        f"rows {r['rows']:,}; a step draws each with chance {r['rate']:.3g}: on average "
+        f"{r['rows_a_step']:.1f}, into a batch of {r['places']} places",
+        f"gradients of rows clipped to {r['clip_norm']:g}, noise of {r['noise_multiplier']:g} "
+        f"times that; delta {r['delta']:g}",
         *(f"epsilon {epsilon:.3f} after step {step}" for step, epsilon in r["epsilon"].items()),
     ]
     if r["last_step"] < r["steps"]:
         lines.append(
-            f"privacy.epsilon={r['budget']:g} is spent after step {r['last_step']} of {r['steps']}: "
-            "the run ends there"
+            f"privacy.epsilon={r['budget']:g} is spent after step {r['last_step']} of "
+            f"{r['steps']}: the run ends there"
         )
     return "\n".join(lines)

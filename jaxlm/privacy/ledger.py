@@ -21,7 +21,7 @@ from jaxlm.data import Split, pack
 from jaxlm.privacy import accounting, sampling
 
 logger = logging.getLogger("jaxlm")
-FILE = "privacy.json"
+FILE = "secret.json"
 FORMAT = 1
 MARKS = 32  # numbers of steps in a run for which epsilon is computed
 
@@ -109,6 +109,10 @@ def open_ledger(config: cfg.Config, training: Split) -> tuple[cfg.Config, Ledger
             config.steps,
         )  # fmt: skip
         config = dataclasses.replace(config, steps=steps)
+    logger.info(
+        "privacy: epsilon %.3f at delta %g after step %d, of %s", terms.epsilon(steps),
+        config.privacy.delta, steps, accounting.UNIT.format(config.batch.sequence_length),
+    )  # fmt: skip
     secret = _shared(_open_secret(config, terms, run_dir) if jax.process_index() == 0 else None)
     return config, Ledger(terms, secret, steps)
 

@@ -10,6 +10,8 @@ Shapes: B batch, S sequence, M microbatches, L layers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -57,7 +59,7 @@ def _squares(config: cfg.Config, structure: Structure, params, fixed, batch, lay
     """Of one microbatch: a pass back that makes no gradient of a weight (ghost.py)."""
 
     def loss(norms: Arrays, link: tuple | None):
-        weights = {
+        weights: dict[str, Any] = {
             name: ghost.Probed(
                 name, params[name], norms[name],
                 ghost.Link(batch["tokens"], *link) if link and name == "embed" else None,

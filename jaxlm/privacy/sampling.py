@@ -30,7 +30,8 @@ def expected_rows(places: int, delta: float) -> float:
     """Rows that a step draws on average: the most for which a cut is as rare as `cut_chance`.
 
     The number drawn is binomial; above its mean its tail is below that of a Poisson variable of
-    this mean (Anderson and Samuels, 1967), P(X > B) = P(B + 1, mean), the incomplete gamma function.
+    this mean (Anderson and Samuels, 1967): P(X > B) is the regularized incomplete gamma function
+    of B + 1 at the mean.
     """
     return float(special.gammaincinv(places + 1, cut_chance(delta)))
 
