@@ -16,6 +16,8 @@ EXTRAS = {
     "parquet": ("pyarrow>=15",),
     "tensorboard": ("tensorboardX>=2.6",),
     "wandb": ("wandb>=0.18",),
+    "store": ("obstore>=0.6",),
+    "sign": ("cryptography>=42",),
 }
 
 
