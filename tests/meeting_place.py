@@ -12,13 +12,18 @@ from jaxlm.outer import ledger as books
 from jaxlm.outer.courier import Contribution
 from jaxlm.outer.presence import Process, Watch
 from jaxlm.outer.records import MERGER, Identity
-from jaxlm.outer.store import Store
+from jaxlm.outer.store import Store, open_store
 
 SHAPES = {"embed": (7, 6), "groups.0.0.mlp": (3, 4, 5), "norm": (6,), "scale": ()}
 KINDS = {"norm": "fixed"}
 DATA = dict(
     tokenizer_sha256="t", fingerprint="f", seed=0, sequence_length=8, segments=True, items=1000
 )
+
+
+def memory() -> Store:
+    """An object store in this process."""
+    return open_store("memory:///")
 
 
 def settings(**changes) -> Outer:

@@ -127,10 +127,11 @@ def _cadence(ledger: Ledger, islands: list[Body], present: Sequence[str]) -> Bod
     if not books.delayed(ledger.about):
         return {"flush": True}
     [own] = islands
-    known = {island: share for island, share in ledger.position.shares if island in present}
-    known[own["island"]] = own["share"]
-    count = sum(known.values()) / own["share"]
-    return {"count": count, "flush": ledger.position.pushes + 1 >= len(known)}
+    latest = dict(ledger.position.shares)
+    shares = {island: latest.get(island, own["share"]) for island in present}
+    shares[own["island"]] = own["share"]
+    count = sum(shares.values()) / own["share"]
+    return {"count": count, "flush": ledger.position.pushes + 1 >= len(shares)}
 
 
 def follow(ledger: Ledger) -> bool:

@@ -76,16 +76,19 @@ def decode(payload: dict[str, np.ndarray], shape: tuple[int, ...], form: str) ->
     """
     count = math.prod(shape)
     padded = count + -count % wire.group(form)
-    expected = jax.eval_shape(lambda x: wire.encode(x, form), np.zeros(padded, np.float32))
-    fits = payload.keys() == expected.keys() and all(
-        payload[n].shape == e.shape and payload[n].dtype == e.dtype for n, e in expected.items()
-    )
-    if not fits:
+    if {name: (x.shape, x.dtype) for name, x in payload.items()} != _layout(padded, form):
         raise Damaged(f"arrays that are not {form} of shape {shape}")
     if wire.exact(form):
         return payload["values"].reshape(shape)
     with on_cpu():
         return np.asarray(_decode(payload, padded, form))[:count].reshape(shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(padded: int, form: str) -> dict[str, tuple]:
+    """Shapes and types of the arrays of a payload."""
+    coded = jax.eval_shape(lambda x: wire.encode(x, form), np.zeros(padded, np.float32))
+    return {name: (x.shape, x.dtype) for name, x in coded.items()}
 
 
 def send(x: np.ndarray, error: np.ndarray | None, form: str):

@@ -109,7 +109,7 @@ def load(process: Process, about: About, folder: Path) -> Ledger | None:
             logger.warning("warning: %s is skipped: %s", name, error)
             continue
         return ledger
-    if records.numbers(process.store, "snapshots"):
+    if records.numbers(process.store, "snapshots") or records.numbers(process.store, "merges"):
         raise UserError(
             f"outer.store={process.store.url}: no snapshot there is sound; put one back from a "
             "copy, or begin a new store from a checkpoint (checkpoint.start_from)"
