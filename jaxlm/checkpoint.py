@@ -1,4 +1,5 @@
 """Checkpoints: <run>/checkpoints/<step>/ holds params, fixed, opt, data and config, each alone.
+Where islands have parted, params and fixed are the merged model, and `outer` is what each has.
 
 Arrays are saved whole and by name, stacked layers in the model's order, so that any mesh and any
 number of processes can read them. The optimizer's state is flat too, named by its place in the
@@ -28,7 +29,7 @@ from jaxlm.state import Arrays, State
 from jaxlm.yaml_values import yaml_text
 
 FORMAT = 1  # of a checkpoint; a reader refuses a newer one
-ARRAYS, JSON = ("params", "fixed", "opt"), ("data", "config")
+ARRAYS, JSON = ("params", "fixed", "opt", "outer"), ("data", "config")
 PathLike = str | os.PathLike[str]
 
 # Orbax logs its progress, and every error that it also raises. After a read that failed, asyncio
@@ -78,7 +79,7 @@ def open_manager(
 
 def save(
     manager: ocp.CheckpointManager, step: int, state: State, data: dict[str, Any],
-    config: dict[str, Any],
+    config: dict[str, Any], outer: Arrays | None = None,
 ) -> None:  # fmt: skip
     """Copy the state off the devices and write it in the background; it may be donated at once.
 
@@ -90,6 +91,7 @@ def save(
     if step in manager.all_steps():
         raise cfg.UserError(f"{path} is there already and is never overwritten; move it away")
     arrays = {"params": state.params, "fixed": state.fixed, "opt": _named(state.opt)}
+    arrays["outer"] = outer or {}
     about = {"format": FORMAT, "jaxlm": __version__, "step": step, "config": config}
     items: dict[str, Any] = {n: ocp.args.PyTreeSave(item) for n, item in arrays.items() if item}
     for name, item in (("data", data), ("config", about)):
@@ -148,6 +150,16 @@ def restore_state(where: ocp.CheckpointManager | PathLike, step: int, abstract: 
     value = np.asarray(step, abstract.step.dtype)
     counter = jax.make_array_from_callback((), abstract.step.sharding, lambda _: value)
     return State(counter, params, fixed, opt)
+
+
+def has_outer(directory: PathLike, step: int) -> bool:
+    """Whether a checkpoint is of islands that have parted."""
+    return _item(directory, step, "outer").is_dir()
+
+
+def restore_outer(directory: PathLike, step: int, abstract: dict[str, Any]) -> Arrays:
+    """What islands keep beside the merged model; raises UserError as `restore_state` does."""
+    return _restore(directory, step, "outer", abstract, read_config(directory, step))
 
 
 def restore_params(

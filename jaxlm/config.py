@@ -282,7 +282,8 @@ class Optimizer:
     """Update rule and learning-rate schedule."""
 
     name: str = key(
-        "adamw", "update rule", choices=("adamw", "adafactor", "lion", "muon"),
+        "adamw", "update rule; sgd has no momentum",
+        choices=("adamw", "adafactor", "lion", "muon", "sgd"),
         changes="recompiles checkpoint numbers",
     )  # fmt: skip
     learning_rate: float = key(

@@ -18,6 +18,7 @@ from jaxlm.hardware import chips
 from jaxlm.interop import carried
 from jaxlm.sharding import Layout
 from jaxlm.state import Structure
+from jaxlm.validate_outer import warn_outer
 
 LARGE = 1 << 24  # elements of a weight (64 MiB at rest) that is worth splitting
 SHARDING = ("stage", "fsdp", "context", "expert", "tensor")  # axes that split weights by default
@@ -29,6 +30,7 @@ def warnings(config: cfg.Config, mesh: Mesh, layout: Layout, structure: Structur
     yield from _copies(layout, structure)
     yield from _tensor_across_hosts(mesh)
     yield from _too_few_tokens(config, mesh, layout)
+    yield from warn_outer(config, 0 if config.outer.store else mesh.shape["replica"])
 
 
 def _copies(layout: Layout, structure: Structure) -> Iterator[str]:

@@ -88,7 +88,7 @@ class Log:
     """The open outputs of one run; on processes other than 0 they say nothing."""
 
     say: Callable[[str], None]  # a line that stays
-    step: Callable[[tuple[int, dict] | None], None]  # (step, values of its metrics)
+    step: Callable[[tuple[int, Any] | None], None]  # (step, its metrics)
     evaluation: Callable[[int, dict[str, float]], None]
     samples: Callable[[int, list[tuple[str, str]]], None]
     compare: Callable[[int, dict[str, Any]], None]  # (step, prediction), beside the measured
@@ -97,9 +97,13 @@ class Log:
 
 @contextlib.contextmanager
 def open_log(
-    config: cfg.Config, structure: Structure, mesh: Mesh, run_dir: Path, start: int
-) -> Iterator[Log]:
-    """Open a run's outputs to continue from step `start`; records of later steps are dropped."""
+    config: cfg.Config, structure: Structure, mesh: Mesh, run_dir: Path, start: int,
+    read: Callable[[Any], dict[str, float]],
+) -> Iterator[Log]:  # fmt: skip
+    """Open a run's outputs to continue from step `start`; records of later steps are dropped.
+
+    `read` makes numbers of a step's metrics; it is called where they are kept, in all processes.
+    """
     with contextlib.ExitStack() as stack:
         say, progress, sinks, keep_sample = _outputs(config, run_dir, start, stack)
         describe = describer(config, structure, mesh)
@@ -110,13 +114,14 @@ def open_log(
         def step(values: tuple[int, dict] | None) -> None:
             if values is None:
                 return
-            done, numbers = values[0], {k: float(v) for k, v in values[1].items()}
+            done = values[0]
+            jax.block_until_ready(values[1])
             if done % config.log.every and done not in (start + 1, config.steps):
                 return
             seconds = (time.monotonic() - clock["time"]) / (done - clock["step"])
             clock.update(time=time.monotonic(), step=done)
             timings.append(seconds)
-            record = {"step": done, **numbers, "tokens": done * step_tokens}
+            record = {"step": done, **read(values[1]), "tokens": done * step_tokens}
             record |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
             for sink in sinks:
                 sink(record)

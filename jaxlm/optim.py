@@ -69,6 +69,7 @@ def make_optimizer(
         "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
         "adafactor": lambda: scale_by_adafactor(dims),
         "muon": lambda: scale_by_muon(config, dims),
+        "sgd": optax.identity,
     }
 
     def decayed(params):

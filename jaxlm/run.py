@@ -7,8 +7,9 @@ import dataclasses
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -35,7 +36,6 @@ from jaxlm.state import (
     Arrays,
     State,
     Structure,
-    abstract_state,
     create_state,
     init_params,
     model_structure,
@@ -201,20 +201,22 @@ def prepare_data(config: cfg.Config) -> None:
 
 def first_state(
     config: cfg.Config, layout: Layout, optimizer: optax.GradientTransformation, mesh: Mesh,
-    training: Split,
-) -> tuple[State, int]:  # fmt: skip
-    """The newest state of the run, or a new one, possibly with another run's parameters."""
+    training: Split, restore: Callable[[Path, int], Any], begin: Callable[[State], Any],
+) -> tuple[Any, int]:  # fmt: skip
+    """The newest state of the run, or a new one, possibly with another run's parameters.
+
+    `restore` reads the state of a checkpoint (directory, step); `begin` takes a new one.
+    """
     directory = cfg.run_dir(config) / "checkpoints"
     step = checkpoint.latest(directory)
     if step is not None:
         data_state = checkpoint.read_data(directory, step)
         load.check_data_state(data_state, step, training, config.batch, config.seed)
-        abstract = abstract_state(config, layout, optimizer, mesh)
-        return checkpoint.restore_state(directory, step, abstract), step
+        return restore(directory, step), step
     state = create_state(config, layout, optimizer, mesh)
     if config.checkpoint.start_from:
         state = _with_parameters(state, config, layout, mesh, training)
-    return state, 0
+    return begin(state), 0
 
 
 def _with_parameters(

@@ -17,6 +17,7 @@ from jaxlm import (
     generate,
     lint,
     metrics,
+    outer,
     pipeline,
     program_cache,
     run,
@@ -38,7 +39,8 @@ def train(config: cfg.Config) -> None:
     if jax.process_count() == 1:  # of several, one would load while others compile, and time out
         program_cache.keep()
     program = make_program(config)
-    mesh, layout, structure, optimizer, train_step, options = program
+    mesh, layout, structure, optimizer, _, options = program
+    meeting = outer.meet(config, program)
     run.prepare_data(config)
     training = data.open_split(config.data.path, "train")
     data.check_vocab(training, config.model.vocab_size)
@@ -55,7 +57,9 @@ def train(config: cfg.Config) -> None:
         tokenizer = run.training_tokenizer(config)
         example = run.example_prompt(config, tokenizer, training)
         write_samples = make_sampling(config, structure, layout, mesh, tokenizer)
-        state, start = run.first_state(config, layout, optimizer, mesh, training)
+        state, start = run.first_state(
+            config, layout, optimizer, mesh, training, meeting.restore, meeting.begin
+        )
         batches = load.batches(
             training, config.batch, config.seed, shardings, start,
             order=sequence_order(layout, config.batch.sequence_length),
@@ -69,7 +73,7 @@ def train(config: cfg.Config) -> None:
         manager = checkpoint.open_manager(run_dir / "checkpoints", config.checkpoint)
         due = lambda step, every: step == config.steps or (every and step % every == 0)
 
-        with metrics.open_log(config, structure, mesh, run_dir, start) as log:
+        with metrics.open_log(config, structure, mesh, run_dir, start, meeting.read) as log:
             with metrics.only_informs("the run is not described"):
                 logger.info("%s", metrics.describe_run(config, mesh, layout, structure, start))
                 if layout.size("layers") > 1:
@@ -81,7 +85,7 @@ def train(config: cfg.Config) -> None:
                 logger.info("the run ends within its warm-up (optimizer.warmup_steps)")
             previous = None
             for step in range(start, config.steps):
-                state, values = train_step(state, next(batches))
+                state, values = meeting.step(state, next(batches))
                 log.step(previous)  # reading the last step's numbers never stalls the device
                 previous, done = (step + 1, values), step + 1
                 evaluating = held_out is not None and due(done, config.eval.every)
@@ -93,13 +97,15 @@ def train(config: cfg.Config) -> None:
                 previous = None
                 with log.paused():
                     if evaluating and held_out:
-                        log.evaluation(done, held_out(state))
+                        log.evaluation(done, held_out(meeting.merged(state)))
                     if saving:
+                        kept, islands = meeting.saved(state)
                         checkpoint.save(
-                            manager, done, state, data_state(done), configfile.to_dict(config)
-                        )
+                            manager, done, kept, data_state(done), configfile.to_dict(config),
+                            islands,
+                        )  # fmt: skip
                     if sampling:
-                        log.samples(done, write_samples(state))
+                        log.samples(done, write_samples(meeting.merged(state)))
             checkpoint.finish(manager)
             if start < config.steps:
                 log.compare(config.steps, prediction)

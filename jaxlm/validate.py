@@ -18,6 +18,7 @@ from jaxlm.config import (
 from jaxlm.divisibility import layout_problems, near_meshes
 from jaxlm.models import family_module
 from jaxlm.nearest import divide, join, near_divisors, or_list
+from jaxlm.validate_outer import check_outer
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
 # Dimensions that are not split, and why. Exceptions: `layers` by stage, `norm` at rest.
@@ -41,6 +42,7 @@ def validate(config: Config, num_devices: int | None = None) -> None:
         sizes = resolve_mesh(config.mesh, num_devices)
     _check_dcn(config.mesh, sizes, num_devices is not None)
     _check_tables(config)
+    check_outer(config, sizes)
     problems = dict.fromkeys(layout_problems(config, sizes))
     if problems:
         near = near_meshes(config, sizes)

@@ -42,7 +42,13 @@ STEPS = 3
 MOST = 512  # devices of the largest mesh that may be asked for
 FAST = {"xla_backend_optimization_level": "0"}  # the same HLO, compiled in half the time
 Numbers = dict[str, dict[str, np.ndarray]]  # what -> name -> array
-OPTIMIZERS = {"adamw": "AdamW", "adafactor": "Adafactor", "lion": "Lion", "muon": "Muon"}
+OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adafactor": "Adafactor",
+    "lion": "Lion",
+    "muon": "Muon",
+    "sgd": "SGD",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -181,6 +181,15 @@ def optax_float64(tx_of, values: dict, gradients_of) -> dict[str, np.ndarray]:
         return {name: np.asarray(x) for name, x in params.items()}
 
 
+def test_sgd_subtracts_the_gradient_and_the_decay():
+    expected = {name: x.astype(np.float64) for name, x in initial().items()}
+    for i in range(STEPS):
+        for name, g in gradients(i).items():
+            decay = DECAY if name in DECAYED else 0.0
+            expected[name] = expected[name] - rate(i) * (g + decay * expected[name])
+    check(run("sgd", STEPS), expected, TOLERANCE)
+
+
 def test_adamw_is_torch():
     check(run("adamw", STEPS), torch_adamw(DIMS), TOLERANCE)
 

@@ -62,6 +62,11 @@ class Verdict(NamedTuple):
 REASONS = ("", "it has no weight", "it is not finite", "it points away from the others")
 
 
+def is_bad(verdict: Verdict) -> jax.Array:
+    """[K]: whether a contribution is refused for what it is, and not for having no weight."""
+    return verdict.refused > 1
+
+
 def make_rule(config: Outer) -> Rule:
     """The rule of a config."""
     if config.rule == "average":
@@ -81,8 +86,8 @@ def merge(
     """(after, outer state, verdict) of merging contributions D [K, ...] with these weights [K].
 
     `total` adds up sums of squares over the arrays, by name: inside shard_map, over shards too. Of
-    `delayed`: `count` is N (0: K), or the sum of all weights over these contributions' where islands
-    differ, and `flush` says that these complete N contributions.
+    `delayed`: `count` is N (0: K), or the sum of all weights over that of these contributions where
+    islands differ, and `flush` says that these complete N contributions.
     """
     updates, outer_state, verdict = make_update(
         contributions, outer_state, rule, weights_K, total, flush, count

@@ -32,14 +32,13 @@ def exact(wire: str) -> bool:
     return wire == "float32"
 
 
-def padded(count: int, wire: str) -> int:
-    """Elements after padding `count` of them to whole groups."""
-    group = {"float32": 1, "bfloat16": 1, "topk": CHUNK}.get(wire, GROUP)
-    return -(-count // group) * group
+def group(wire: str) -> int:
+    """Elements that a format takes together: an array is padded with zeros to a multiple."""
+    return {"float32": 1, "bfloat16": 1, "topk": CHUNK}.get(wire, GROUP)
 
 
 def encode(x_N: jax.Array, wire: str) -> Payload:
-    """A flat float32 array [N] in a format; N is a multiple of its group (`padded`)."""
+    """A flat float32 array [N] in a format; N is a multiple of its `group`."""
     if wire == "float32":
         return {"values": x_N}
     if wire == "bfloat16":
@@ -103,7 +102,8 @@ def send(x_N: jax.Array, error_N: jax.Array | None, wire: str):
 
 def num_bytes(count: int, wire: str) -> int:
     """Bytes of the payload of `count` elements."""
-    shapes = jax.eval_shape(lambda: encode(jnp.zeros(padded(count, wire)), wire))
+    whole = -(-count // group(wire)) * group(wire)
+    shapes = jax.eval_shape(lambda: encode(jnp.zeros(whole), wire))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values())
 
 

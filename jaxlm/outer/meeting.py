@@ -1,0 +1,21 @@
+"""How a loop trains where islands merge what they learnt, and where there are none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxlm.state import Arrays, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """What the loop calls; its state is a State, or what a way to meet makes of it."""
+
+    begin: Callable[[State], Any]  # the state of a new run
+    restore: Callable[[Any, int], Any]  # (directory, step) -> the state of a checkpoint
+    step: Callable[[Any, Arrays], tuple[Any, Any]]  # (state, batch) -> (state, metrics)
+    read: Callable[[Any], dict[str, float]]  # the numbers of such metrics; all processes call it
+    merged: Callable[[Any], State]  # the model to evaluate, to sample from and to export
+    saved: Callable[[Any], tuple[State, Arrays]]  # what a checkpoint keeps: its items, and `outer`
