@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import Any
@@ -51,7 +52,7 @@ def train(config: cfg.Config) -> None:
     )
     for key, before, now in checkpoint.refuse_other_run(run_dir, config, data_state(0)):
         logger.info("changed since the last start: %s=%s, was %s", key, now, before)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.closing(meeting):
         shardings = batch_shardings(config, layout, mesh)
         held_out = make_evaluation(config, structure, layout, shardings, options)
         tokenizer = run.training_tokenizer(config)
@@ -63,7 +64,7 @@ def train(config: cfg.Config) -> None:
         batches = load.batches(
             training, config.batch, config.seed, shardings, start,
             order=sequence_order(layout, config.batch.sequence_length),
-            segments=config.data.segments, prefetch=config.data.prefetch,
+            segments=config.data.segments, prefetch=config.data.prefetch, places=meeting.places,
         )  # fmt: skip
         if start < config.steps:
             run.write_config(config)
@@ -101,8 +102,8 @@ def train(config: cfg.Config) -> None:
                     if saving:
                         kept, islands = meeting.saved(state)
                         checkpoint.save(
-                            manager, done, kept, data_state(done), configfile.to_dict(config),
-                            islands,
+                            manager, done, kept, data_state(done) | meeting.facts(),
+                            configfile.to_dict(config), islands,
                         )  # fmt: skip
                     if sampling:
                         log.samples(done, write_samples(meeting.merged(state)))

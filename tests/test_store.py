@@ -383,10 +383,9 @@ def test_islands_live_while_their_beats_change(tmp_path):
         beats = presence.read_beats(store, a.identity)
         assert set(presence.living(beats, watch, 10.0)) == ({"a", "b"} if count < 2 else {"a"})
         clock[0] += 6.0
-    with presence.beating(b, lambda: {"state": "training"}):
-        assert set(presence.living(presence.read_beats(store, a.identity), watch, 99.0)) == {
-            "a", "b",
-        }  # fmt: skip
+    end = presence.start_beats(b, lambda: {"state": "training"})
+    assert set(presence.living(presence.read_beats(store, a.identity), watch, 99.0)) == {"a", "b"}
+    end(True)
     left = presence.read_beats(store, a.identity)["b.0"]
     assert left["left"] and left["state"] == "training"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxlm import checkpoint
 from jaxlm import config as cfg
-from jaxlm.outer import together
+from jaxlm.outer import apart, together
 from jaxlm.outer.meeting import Meeting
 from jaxlm.program import Program
 from jaxlm.state import State, abstract_state
@@ -12,6 +12,8 @@ from jaxlm.state import State, abstract_state
 
 def meet(config: cfg.Config, program: Program) -> Meeting:
     """How the islands of a config meet; without islands, its train step."""
+    if config.outer.store:
+        return apart.meet(config, program)
     if config.outer.every:
         return together.meet(config, program)
     return alone(config, program)

@@ -150,11 +150,11 @@ def read_merge(process: Process, about: About, position: Position) -> Merge | No
         body = records.unseal(process.identity, name, data, records.MERGER)
         if (body["number"], body["previous"]) != (position.number, position.chain):
             raise Damaged(f"{name}: continues other merges than those before it here")
-        update = merging.read_update(process.store, about, name, body)
+        update, size = merging.read_update(process.store, about, name, body)
     except Damaged as error:
         raise Gone(position.number, str(error)) from None
-    size = len(data) + sum(array.nbytes for array in update.values())
-    return Merge(body, books.advance(position, process.identity, body), update, size)
+    after = books.advance(position, process.identity, body)
+    return Merge(body, after, update, size + len(data))
 
 
 def _read(process: Process, name: str) -> bytes | None:

@@ -36,11 +36,12 @@ from jaxlm.outer.claims import Claims
 from jaxlm.outer.courier import Boxes, Contribution, Gone, Merge, Sent
 from jaxlm.outer.ledger import Position
 from jaxlm.outer.presence import Process, Watch
-from jaxlm.outer.serve import TRAINING
 
 logger = logging.getLogger("jaxlm")
 FOUNDING = "founding"  # the island that trains what all start from
 JOINING = "joining"
+STARTING = "starting"  # it has joined, and has made no step: compiling takes long
+ATTEMPTS = 4  # to have each fragment merged after the last step
 USED, REFUSED, LATE = "used", "refused", "late"  # what became of a contribution
 
 
@@ -76,6 +77,7 @@ class Island:
     owned: frozenset[str] = frozenset()  # the boxes that this process sends
     taken: list[int] = dataclasses.field(default_factory=list)  # fragment -> step of its last D
     last: int = 0  # the step of the last contribution that counted
+    span: int = 0  # local steps from there to the next; 0: to be found out
     outstanding: Outstanding | None = None
     needs: int = 0  # a snapshot of so many merges is waited for
     speed: float = 0.0  # steps a second
@@ -119,9 +121,7 @@ def all_of(texts: list[str]) -> list[str]:
     for row, text in zip(own, texts, strict=False):
         row[:] = np.frombuffer(bytes.fromhex(text), np.uint8)
     rows = multihost_utils.process_allgather(own)
-    return [
-        rows[i, j].tobytes().hex() for i, count in enumerate(counts) for j in range(int(count))
-    ]
+    return [rows[i, j].tobytes().hex() for i, count in enumerate(counts) for j in range(int(count))]
 
 
 # --- contributing --------------------------------------------------------------------------------
@@ -167,6 +167,7 @@ def contribute(island: Island, theta: Boxes) -> None:
 def send(island: Island, own: Contribution, deltas: Boxes) -> None:
     """Upload a contribution and read what comes of it, in the background."""
     check_lease(island)
+    island.span = 0
     pieces = list(placed.pieces(island.about, island.base, own.fragment))
     errors = {
         rows: np.array(island.error[key][inside])
@@ -189,9 +190,7 @@ def send(island: Island, own: Contribution, deltas: Boxes) -> None:
     island.outstanding = Outstanding(own, deltas, sent, merges)
 
 
-def read_until_decided(
-    island: Island, own: Contribution, position: Position
-) -> list[Merge] | Gone:
+def read_until_decided(island: Island, own: Contribution, position: Position) -> list[Merge] | Gone:
     """The merges after a position up to the one that decides about a contribution."""
     found: list[Merge] = []
     process, about = island.process, island.about
@@ -224,6 +223,17 @@ def fate(island: Island, merge: Merge, number: int) -> tuple[str, dict[str, Any]
         if each["island"] == island.name and each["number"] == number:
             return (USED if each["refused"] == 0 else REFUSED), each
     return LATE, {}
+
+
+def is_decided(island: Island, own: Contribution) -> bool:
+    """Whether the store has a merge that decides about a contribution."""
+    try:
+        found = courier.read_merges(
+            island.process, island.about, island.position, None, island.stop, 0.0
+        )
+        return any(decides(island, merge, own) for merge in found)
+    except Gone:
+        return True  # the snapshot to go on from decides
 
 
 def check_lease(island: Island) -> None:
@@ -334,8 +344,11 @@ def _keep_error(island: Island, waiting: Outstanding, what: str, sent: Sent | No
             island.error[key] = _with(island.error[key], inside, lost)
 
 
-def catch_up(island: Island, theta: Boxes) -> Boxes:
-    """Take in the merges that are there, in which this island has no part."""
+def catch_up(island: Island, theta: Boxes, earlier: bool = False) -> Boxes:
+    """Take in the merges that are there, in which this island has no part.
+
+    `earlier`: it may have one, of before it was started again.
+    """
     merges: list[Merge] = []
     gone: Gone | None = None
     if leads():
@@ -361,7 +374,10 @@ def catch_up(island: Island, theta: Boxes) -> Boxes:
     if gone is not None:
         return rejoin(island, theta, gone, keep=True)
     for merge in merges:
-        theta = _take_earlier(island, theta, merge)
+        if earlier:
+            theta = _take_earlier(island, theta, merge)
+        else:
+            theta = take(island, theta, merge, None, None)
     return theta
 
 
@@ -432,21 +448,31 @@ def after_step(island: Island, arrays: dict[str, jax.Array]) -> dict[str, jax.Ar
     All processes of the island call it after every step, with the arrays that are merged.
     """
     island.step += 1
-    if island.state != TRAINING:
+    if not island.base:
         return None
     theta: Boxes | None = None
     load = lambda: placed.from_devices(arrays) if theta is None else theta
     final, outer = island.step == island.steps, island.about.outer
     if island.outstanding is not None and _ready(island, final):
         theta = settle(island, load())
-    if island.outstanding is None and (final or island.step - island.last >= interval(island)):
-        for _ in range(island.fragments if final else 1):
-            measure_speed(island)
-            theta = catch_up(island, load())
-            contribute(island, theta)
-            if final or (not books.delayed(island.about) and outer.overlap == 0):
-                theta = settle(island, theta)
+    if island.outstanding is None:
+        island.span = island.span or interval(island)
+    tries = ATTEMPTS * island.fragments if final else 1
+    while island.outstanding is None and tries and _is_due(island, final):
+        tries -= 1
+        measure_speed(island)
+        theta = catch_up(island, load())
+        contribute(island, theta)
+        if final or (not books.delayed(island.about) and outer.overlap == 0):
+            theta = settle(island, theta)
     return None if theta is None else placed.to_devices(theta, arrays)
+
+
+def _is_due(island: Island, final: bool) -> bool:
+    """Whether to contribute now; after the last step, until all fragments are merged."""
+    if final:
+        return any(step < island.step for step in island.taken)
+    return island.step - island.last >= island.span
 
 
 def _ready(island: Island, final: bool) -> bool:
@@ -469,7 +495,7 @@ def measure_speed(island: Island) -> None:
 
 def begin(island: Island, position: Position, base: Boxes, arrays: dict[str, jax.Array]) -> None:
     """Start to take part: everything is as in a snapshot."""
-    island.state = TRAINING
+    island.state = STARTING
     island.position, island.base = position, base
     island.owned = placed.sent_here(arrays)
     island.taken = [island.step] * island.fragments

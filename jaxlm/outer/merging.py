@@ -127,10 +127,10 @@ def _cadence(ledger: Ledger, islands: list[Body], present: Sequence[str]) -> Bod
     if not books.delayed(ledger.about):
         return {"flush": True}
     [own] = islands
-    latest = dict(ledger.position.shares)
-    shares = {island: latest.get(island, own["share"]) for island in present}
-    shares[own["island"]] = own["share"]
-    count = sum(shares.values()) / own["share"]
+    latest = dict(ledger.position.shares) | {own["island"]: own["share"]}
+    counted = {own["island"], *present}
+    shares = [latest[each] if each in latest else own["share"] for each in sorted(counted)]
+    count = sum(shares) / own["share"]
     return {"count": count, "flush": ledger.position.pushes + 1 >= len(shares)}
 
 
@@ -150,7 +150,7 @@ def follow(ledger: Ledger) -> bool:
         raise Damaged(f"{name}: continues other merges than those before it here")
     _discard(ledger)
     if body["payloads"]:
-        update = read_update(ledger.store, ledger.about, name, body)
+        update, _ = read_update(ledger.store, ledger.about, name, body)
         try:
             folders = [books.take_again(ledger, each).folder for each in body["islands"]]
         except Damaged as error:
@@ -171,17 +171,21 @@ def _subtract(ledger: Ledger, fragment: int, update: dict[str, np.ndarray]) -> N
         _write_next(ledger, "base", place, base)
 
 
-def read_update(store: Store, about: About, name: str, body: Body) -> dict[str, np.ndarray]:
-    """What a merge subtracts from the parameters, by array: the rows of its fragment.
+def read_update(
+    store: Store, about: About, name: str, body: Body
+) -> tuple[dict[str, np.ndarray], int]:
+    """What a merge subtracts from the parameters, by array: rows of its fragment; bytes read.
 
     Raises Damaged where a payload is not sound or an array is absent.
     """
     found = facts.pieces(about, body["fragment"])
     pieces = {array.name: (array, shape) for _, array, _, shape in found}
     shapes = tuple((each, shape) for each, (_, shape) in pieces.items())
-    update = {}
+    update, size = {}, 0
     for sha256 in body["payloads"]:
-        for key, fields in parts.grouped(records.read_payload(store, name, sha256)).items():
+        arrays = records.read_payload(store, name, sha256)
+        size += sum(array.nbytes for array in arrays.values())
+        for key, fields in parts.grouped(arrays).items():
             each, index = parts.checked_part(key, shapes)
             array, shape = pieces[each]
             if parts.box_shape(index) != shape:
@@ -190,7 +194,7 @@ def read_update(store: Store, about: About, name: str, body: Body) -> dict[str, 
             update[each] = parts.decode(fields, shape, form)
     if body["payloads"] and update.keys() != pieces.keys():
         raise Damaged(f"{name}: an update of {len(update)} of {len(pieces)} arrays")
-    return update
+    return update, size
 
 
 def _verdict(islands: list[Body]) -> Verdict:

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from jaxlm.outer import records
@@ -104,28 +104,29 @@ def living(beats: dict[str, Body], watch: Watch, limit: float) -> dict[str, Body
     }
 
 
-@contextlib.contextmanager
-def beating(process: Process, facts: Callable[[], Body]) -> Iterator[None]:
-    """Write beats in the background; the last one says that the process has left."""
-    stop = threading.Event()
-    count = 0
+def start_beats(process: Process, facts: Callable[[], Body]) -> Callable[[bool], None]:
+    """Write beats in the background; gives the function that ends them.
+
+    Its argument: whether the last beat says that the process has left for good.
+    """
+    stop, count = threading.Event(), 0
 
     def beat() -> None:
         nonlocal count
-        while not stop.is_set():
+        while not stop.wait(process.patience / BEATS):
             count += 1
             write_beat(process, count, facts())
-            stop.wait(process.patience / BEATS)
 
-    write_beat(process, 0, facts())
-    thread = threading.Thread(target=beat, name="beats", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
+    def end(left: bool) -> None:
         stop.set()
         thread.join(timeout=process.patience)
-    write_beat(process, count + 1, facts() | {"left": True})  # not where an error ends the process
+        if left:
+            write_beat(process, count + 1, facts() | {"left": True})
+
+    write_beat(process, count, facts())
+    thread = threading.Thread(target=beat, name="beats", daemon=True)
+    thread.start()
+    return end
 
 
 def forget_predecessors(process: Process) -> None:

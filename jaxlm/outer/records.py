@@ -27,13 +27,14 @@ import safetensors.numpy
 from jaxlm import extras
 from jaxlm.config import UserError
 from jaxlm.outer.store import Store
+from jaxlm.validate_outer import ISLAND_NAME
 
 Body = dict[str, Any]
 MERGER = "merger"  # the name in outer.keys of who merges
 DIGITS = 12  # of the numbers in names, so that names sort as numbers do
 LARGEST_RECORD = 16 << 20  # bytes; a larger one is not parsed
 BFLOAT16 = ":bfloat16"  # ends the name of an array that safetensors holds as its 16 bits
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of an island
+NAME = re.compile(ISLAND_NAME)  # of an island
 KEY_DIGITS = 64  # hexadecimal digits of a public key
 
 

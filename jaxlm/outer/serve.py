@@ -52,14 +52,15 @@ def serve(place: str, key_file: str = "", keys: Sequence[str] = ()) -> None:
     watch = Watch()
     with tempfile.TemporaryDirectory(prefix="jaxlm-merger-") as folder:
         state: dict[str, int] = {"number": 0}
-        with presence.beating(process, lambda: dict(state)):
-            try:
-                while True:
-                    _hold(process, watch, stop)
-                    for number in merges(process, about, Path(folder), watch, stop):
-                        state["number"] = number
-            finally:
-                stop.set()
+        end = presence.start_beats(process, lambda: dict(state))
+        try:
+            while True:
+                _hold(process, watch, stop)
+                for number in merges(process, about, Path(folder), watch, stop):
+                    state["number"] = number
+        finally:
+            stop.set()
+            end(True)
 
 
 def make_identity(key_file: str, keys: Sequence[str]) -> Identity:
