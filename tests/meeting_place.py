@@ -36,7 +36,7 @@ def begin(store: Store, outer: Outer, name: str = "a", private=None, keys=()) ->
     """An island that is the first, or comes later; the patience of tests is short."""
     arrays = {name: (shape, KINDS.get(name, "params")) for name, shape in SHAPES.items()}
     identity = Identity(name, "", private, keys)
-    facts.found(store, identity, facts.describe(arrays, outer, DATA))
+    facts.found(store, identity, facts.describe(arrays, outer, DATA, 4))
     _, _, identity = facts.read(store, identity)
     return Process(store, identity, 0.2, f"{name}0")
 

@@ -59,9 +59,10 @@ def pieces(about: About, fragment: int) -> Iterator[tuple[int, Array, Any, tuple
 
 
 def describe(
-    arrays: dict[str, tuple[tuple[int, ...], str]], outer: Outer, data: dict[str, Any]
-) -> Body:
-    """The body of about.json; `arrays`: name -> (shape, kind)."""
+    arrays: dict[str, tuple[tuple[int, ...], str]], outer: Outer, data: dict[str, Any],
+    sequences: int,
+) -> Body:  # fmt: skip
+    """The body of about.json; `arrays`: name -> (shape, kind); `sequences`: items of a step."""
     settings = dataclasses.asdict(outer)
     return {
         "format": FORMAT,
@@ -69,7 +70,7 @@ def describe(
         "outer": {key: _plain(settings[key]) for key in settings if key not in OWN},
         "signed": bool(outer.keys),
         "data": data,
-        "block": max(1, data["items"] // BLOCKS),
+        "block": max(sequences, data["items"] // BLOCKS),
     }
 
 
@@ -161,5 +162,5 @@ def _compare(url: str, there: Body, here: Body) -> None:
         mine, theirs = here["data"][name], there.get("data", {}).get(name)
         if mine != theirs:
             raise UserError(f"{key} is {str(mine)[:12]} here: {use} {str(theirs)[:12]}")
-    if here != there:
+    if here | {"block": there.get("block")} != there:
         raise UserError(f"outer.store={url} is of another version of jaxlm; use the same, or a new")

@@ -23,9 +23,9 @@ from jaxlm import checkpoint, data, metrics
 from jaxlm import config as cfg
 from jaxlm.config import UserError
 from jaxlm.outer import about as facts_of
+from jaxlm.outer import adopt, contribute, courier, island, presence, records, snapshots
 from jaxlm.outer import boxes as placed
 from jaxlm.outer import claims as claimed
-from jaxlm.outer import courier, island, presence, records, snapshots
 from jaxlm.outer import ledger as books
 from jaxlm.outer.courier import Boxes, Contribution
 from jaxlm.outer.island import Island
@@ -76,7 +76,7 @@ def meet(config: cfg.Config, program: Program) -> Meeting:
             isle.step += 1
             state = found(post, state)
         else:
-            arrays = island.after_step(isle, mergeable(post, state))
+            arrays = adopt.after_step(isle, mergeable(post, state))
             state = state if arrays is None else with_arrays(state, arrays)
         _began(isle)
         return state, (values, dict(isle.numbers))
@@ -147,7 +147,7 @@ def open_island(post: Post, state: State, blocks: list[int]) -> Island:
     identity = _identity(config)
     arrays = mergeable(post, state)
     kinds = {n: (x.shape, "params" if n in state.params else "fixed") for n, x in arrays.items()}
-    body = facts_of.describe(kinds, outer, _data_facts(config))
+    body = facts_of.describe(kinds, outer, _data_facts(config), config.batch.sequences)
     if island.leads():
         facts_of.found(store, identity, body)
     island.agree(0)  # the others read what process 0 has written
@@ -199,7 +199,7 @@ def _take_name(post: Post, isle: Island) -> None:
     """Wait until no other process trains as this island."""
     told = False
     if island.leads():
-        while not presence.take_lease(isle.process, island.lease_of(isle.name), isle.watch):
+        while not presence.take_lease(isle.process, contribute.lease_of(isle.name), isle.watch):
             if not told:
                 logger.info("waiting until the process that trains as island %s is gone", isle.name)
             told = True
@@ -258,18 +258,18 @@ def found(post: Post, state: State) -> State:
     if not island.agree(int(made)):
         return join(post, state)
     logger.info("island %s has published the parameters that all start from", isle.name)
-    island.begin(isle, books.Position(step=isle.step), theta, arrays)
+    adopt.begin(isle, books.Position(step=isle.step), theta, arrays)
     return state
 
 
 def join(post: Post, state: State) -> State:
     """Go on from the newest parameters, at the step and with the outer state of the others."""
     isle, arrays = _isle(post), mergeable(post, state)
-    position, whole = island.wait_for_snapshot(isle, -1)
+    position, whole = adopt.wait_for_snapshot(isle, -1)
     base = placed.of_whole(whole, placed.from_devices(arrays))
     isle.step = position.step
-    island.begin(isle, position, base, arrays)
-    theta = island.catch_up(isle, dict(base), earlier=True)
+    adopt.begin(isle, position, base, arrays)
+    theta = adopt.catch_up(isle, dict(base), earlier=True)
     isle.step = max(isle.step, isle.position.step)
     isle.taken, isle.last = [isle.step] * isle.fragments, isle.step
     isle.origin = (isle.step, island.agree(_items_read(isle) if island.leads() else 0))
@@ -355,7 +355,7 @@ def come_back(post: Post, state: State, directory: Path, step: int, facts: dict[
     arrays = mergeable(post, state)
     names = {"own": arrays}
     isle.step = step
-    island.begin(isle, snapshots.read_position(facts), placed.from_devices(arrays), arrays)
+    adopt.begin(isle, snapshots.read_position(facts), placed.from_devices(arrays), arrays)
     if isle.error:
         names["error"] = {name: arrays[name] for name in state.params}
     if facts["outstanding"]:
@@ -383,7 +383,7 @@ def come_back(post: Post, state: State, directory: Path, step: int, facts: dict[
 def _send_again(isle: Island, own: Contribution, sent: Boxes) -> None:
     """The contribution that was under way: its record may be there or not, and counts once."""
     found = placed.pieces(isle.about, sent, own.fragment)
-    island.send(isle, own, {rows: sent[key][inside] for key, inside, rows, _ in found})
+    contribute.send(isle, own, {rows: sent[key][inside] for key, inside, rows, _ in found})
 
 
 def _what_came_since(isle: Island, theta: Boxes) -> Boxes:
@@ -392,11 +392,11 @@ def _what_came_since(isle: Island, theta: Boxes) -> Boxes:
     if waiting is not None:
         decided = 0
         if island.leads():
-            decided = int(island.is_decided(isle, waiting.own))
+            decided = int(contribute.is_decided(isle, waiting.own))
         if not island.agree(decided):
             return theta
-        theta = island.settle(isle, theta)
-    return island.catch_up(isle, theta, earlier=True)
+        theta = adopt.settle(isle, theta)
+    return adopt.catch_up(isle, theta, earlier=True)
 
 
 def close(post: Post) -> None:

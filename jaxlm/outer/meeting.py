@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jaxlm.state import Arrays, State
+from jaxlm import checkpoint
+from jaxlm import config as cfg
+from jaxlm.program import Program
+from jaxlm.state import Arrays, State, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,3 +25,17 @@ class Meeting:
     places: Callable[[int], int] = lambda item: item  # this run's item -> place in the stream
     facts: Callable[[], dict[str, Any]] = dict  # JSON that a checkpoint keeps with its data
     close: Callable[[], None] = lambda: None  # at the end, also after an error
+
+
+def alone(config: cfg.Config, program: Program) -> Meeting:
+    """One copy of the model: its state, its step and its metrics as they are."""
+
+    def restore(directory, step: int) -> State:
+        abstract = abstract_state(config, program.layout, program.optimizer, program.mesh)
+        return checkpoint.restore_state(directory, step, abstract)
+
+    return Meeting(
+        begin=lambda state: state, restore=restore, step=program.train_step,
+        read=lambda values: {name: float(value) for name, value in values.items()},
+        merged=lambda state: state, saved=lambda state: (state, {}),
+    )  # fmt: skip

@@ -242,10 +242,24 @@ def _finish(desk: Desk, made: bool) -> None:
         key: entry for key, entry in desk.seen.items()
         if key[1] >= (_expected(ledger, key[0]) if books.delayed(ledger.about) else limit)
     }  # fmt: skip
-    logger.info("merge %d: %d tokens so far", position.number - 1, position.tokens)
+    logger.info("merge %d: %s", position.number - 1, _describe(ledger))
     if position.number % snapshots.interval(ledger.about) == 0:
         snapshots.write(ledger)
         snapshots.prune(ledger)
+
+
+def _describe(ledger: Ledger) -> str:
+    """What the last merge made of whose contributions, in a line."""
+    name = records.numbered("merges", ledger.position.number - 1)
+    try:
+        body = records.read_record(ledger.store, ledger.identity, name)
+    except (KeyError, Damaged) as error:
+        return str(error)
+    said = [each["island"] for each in body["islands"] if not each["refused"]] or ["nothing"]
+    said += [f"{e['island']} refused: {e['reason']}" for e in body["islands"] if e["refused"]]
+    said += [f"{island} left out" for island in body["damaged"]]
+    tokens = ledger.position.tokens // ledger.about.outer.fragments
+    return f"{', '.join(said)}; {tokens:,} tokens so far"
 
 
 def _heal(desk: Desk, living: dict[str, Body]) -> None:
