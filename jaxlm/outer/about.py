@@ -7,6 +7,7 @@ turns. An island whose config says otherwise is refused. Fragments are defined h
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,7 @@ def describe(
     settings = dataclasses.asdict(outer)
     return {
         "format": FORMAT,
+        "store": uuid.uuid4().hex,  # two stores of the same config are different ones
         "arrays": [[name, list(shape), kind] for name, (shape, kind) in arrays.items()],
         "outer": {key: _plain(settings[key]) for key in settings if key not in OWN},
         "signed": bool(outer.keys),
@@ -162,5 +164,5 @@ def _compare(url: str, there: Body, here: Body) -> None:
         mine, theirs = here["data"][name], there.get("data", {}).get(name)
         if mine != theirs:
             raise UserError(f"{key} is {str(mine)[:12]} here: {use} {str(theirs)[:12]}")
-    if here | {"block": there.get("block")} != there:
+    if here | {key: there.get(key) for key in ("store", "block")} != there:
         raise UserError(f"outer.store={url} is of another version of jaxlm; use the same, or a new")

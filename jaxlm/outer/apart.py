@@ -387,13 +387,12 @@ def _send_again(isle: Island, own: Contribution, sent: Boxes) -> None:
 
 
 def _what_came_since(isle: Island, theta: Boxes) -> Boxes:
-    """Take in the merges since a checkpoint, but for those that wait for our contribution."""
+    """Take in the merges since a checkpoint. A contribution that is under way stays so, as if the
+    run had not ended, unless an earlier life of this run has contributed after it."""
     waiting = isle.outstanding
     if waiting is not None:
-        decided = 0
-        if island.leads():
-            decided = int(contribute.is_decided(isle, waiting.own))
-        if not island.agree(decided):
+        later = island.leads() and contribute.went_on(isle, waiting.own)
+        if not island.agree(int(later)):
             return theta
         theta = adopt.settle(isle, theta)
     return adopt.catch_up(isle, theta, earlier=True)

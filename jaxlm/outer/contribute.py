@@ -118,13 +118,17 @@ def fate(island: Island, merge: Merge, number: int) -> tuple[str, dict[str, Any]
     return LATE, {}
 
 
-def is_decided(island: Island, own: Contribution) -> bool:
-    """Whether the store has a merge that decides about a contribution."""
+def went_on(island: Island, own: Contribution) -> bool:
+    """Whether the store has a merge with a contribution of this island after that one."""
     try:
         found = courier.read_merges(
             island.process, island.about, island.position, None, island.stop, 0.0
         )
-        return any(decides(island, merge, own) for merge in found)
+        return any(
+            each["island"] == island.name and each["number"] > own.number
+            for merge in found
+            for each in merge.body["islands"]
+        )
     except Gone:
         return True  # the snapshot to go on from decides
 

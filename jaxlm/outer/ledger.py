@@ -134,7 +134,7 @@ def take(ledger: Ledger, island: str, number: int) -> Entry:
     body = records.read_record(ledger.store, ledger.identity, name, island)
     fragment = body.get("fragment")
     expected = (island, number, fragment if delayed(ledger.about) else fragment_of(ledger, number))
-    counts = [body.get(key) for key in ("tokens", "steps", "step", "base")]
+    counts = [body.get(key) for key in ("tokens", "steps", "step", "items", "base")]
     numeric = all(isinstance(count, int) and count >= 0 for count in counts)
     fits = (body.get("island"), body.get("number"), fragment) == expected and numeric
     fits = fits and isinstance(fragment, int) and 0 <= fragment < ledger.about.outer.fragments

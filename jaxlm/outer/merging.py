@@ -110,7 +110,8 @@ def make_merge(
 def _judged(ledger: Ledger, entry: Entry, verdict: Verdict, k: int) -> Body:
     """What a merge's record says of a contribution."""
     code = int(verdict.refused[k])
-    copied = ("island", "number", "fragment", "tokens", "steps", "step", "base", "payloads")
+    copied = ("island", "number", "fragment", "tokens", "steps", "step", "items", "base",
+              "payloads")  # fmt: skip
     return {key: entry.body[key] for key in copied} | {
         "share": entry.weight, "weight": float(verdict.weights[k]),
         "scale": float(verdict.scales[k]), "norm": records.finite(float(verdict.norms[k])),
