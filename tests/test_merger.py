@@ -15,6 +15,7 @@ import tiny
 from jaxlm.config import UserError
 from jaxlm.outer import about as facts
 from jaxlm.outer import courier, merging, presence, records, serve, snapshots
+from jaxlm.outer.presence import Watch
 from jaxlm.outer.records import Damaged, Identity
 from jaxlm.outer.store import Store
 
@@ -98,6 +99,23 @@ def test_islands_that_read_the_merges_hold_what_the_merger_holds(tmp_path):
             late[array.name][index] -= merge.update[array.name]
     own = {n.removeprefix("base:"): x for n, x in place.arrays_of(desk).items() if "base:" in n}
     assert place.same(base, own) and place.same(late, own)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_replay_of_the_store_gives_the_same_bits(tmp_path, rule):
+    """From the older snapshot, merge by merge, to the newer: also what the rule remembers."""
+    store = place.memory()
+    desk = rounds(store, tmp_path / "m", 3, **RULES[rule])
+    snapshots.write(desk.ledger)
+    (new, new_body), (old, old_body) = snapshots.newest(store, desk.ledger.identity)
+    process, about, ledgers = desk.ledger.process, desk.ledger.about, []
+    for name, body in ((new, new_body), (old, old_body)):
+        (tmp_path / name[-6]).mkdir(exist_ok=True)
+        ledgers.append(snapshots.load_from(process, about, tmp_path / name[-6], name, body))
+    while ledgers[1].position.number < ledgers[0].position.number:
+        assert merging.follow(ledgers[1])
+    one, other = (place.arrays_of(serve.Desk(ledger, Watch())) for ledger in ledgers)
+    assert ledgers[0].position == ledgers[1].position and place.same(one, other)
 
 
 def test_weights_are_tokens_squared_over_steps(tmp_path):

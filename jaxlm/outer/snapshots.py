@@ -100,21 +100,25 @@ def load(process: Process, about: About, folder: Path) -> Ledger | None:
     Raises UserError where there are some and none is sound.
     """
     for name, body in newest(process.store, process.identity):
-        for file in folder.glob("*.npy*"):
-            file.unlink()
-        ledger = Ledger(process, about, folder, read_position(body))
         try:
-            _fill(ledger, name, body)
+            return load_from(process, about, folder, name, body)
         except Damaged as error:
             logger.warning("warning: %s is skipped: %s", name, error)
-            continue
-        return ledger
     if records.numbers(process.store, "snapshots") or records.numbers(process.store, "merges"):
         raise UserError(
             f"outer.store={process.store.url}: no snapshot there is sound; put one back from a "
             "copy, or begin a new store from a checkpoint (checkpoint.start_from)"
         )
     return None
+
+
+def load_from(process: Process, about: About, folder: Path, name: str, body: Body) -> Ledger:
+    """The state of a snapshot in a scratch folder; Damaged where a payload is not sound."""
+    for file in folder.glob("*.npy*"):
+        file.unlink()
+    ledger = Ledger(process, about, folder, read_position(body))
+    _fill(ledger, name, body)
+    return ledger
 
 
 def _fill(ledger: Ledger, name: str, body: Body) -> None:
