@@ -16,6 +16,7 @@ were none, bit for bit. Adam's moments, the schedule and the stream of data are 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from typing import Any
@@ -34,6 +35,7 @@ from jaxlm.outer.island import STARTING, Island, Outstanding, agree, leads
 from jaxlm.outer.ledger import Position
 
 logger = logging.getLogger("jaxlm")
+TELL = 15.0  # seconds between looks at who is there, while a merge is waited for
 ATTEMPTS = 4  # to have each fragment merged after the last step
 
 
@@ -108,7 +110,7 @@ def settle(island: Island, theta: Boxes) -> Boxes:
     """Take in the merges up to the one that decides about the outstanding contribution."""
     waiting, begin = island.outstanding, time.monotonic()
     assert waiting is not None
-    merges, sent = waiting.merges.result(), waiting.sent.result()
+    merges, sent = _wait(island, waiting), waiting.sent.result()
     gone = agree_on_gone(merges)
     waited = time.monotonic() - begin
     island.numbers["waited"] += waited
@@ -124,6 +126,33 @@ def settle(island: Island, theta: Boxes) -> Boxes:
         is_own = decides(island, merge, waiting.own)
         theta = take(island, theta, merge, waiting if is_own else None, sent)
     return theta
+
+
+def _wait(island: Island, waiting: Outstanding) -> list[Merge] | Gone:
+    """The merges that decide about a contribution; the log says now and then what is waited for."""
+    for look in itertools.count():
+        try:
+            return waiting.merges.result(timeout=TELL)
+        except TimeoutError:
+            _tell(island, look)
+    raise AssertionError
+
+
+def _tell(island: Island, look: int) -> None:
+    """Log who is there; at the first look only what their beats are, to see later who is gone."""
+    beats = presence.read_beats(island.process.store, island.process.identity)
+    living = presence.living(beats, island.watch, TELL)
+    merging = any(
+        presence.owner(label) == records.MERGER
+        and island.watch.idle(("merger", label), beat["count"]) < TELL
+        for label, beat in beats.items()
+    )
+    if look:
+        logger.info(
+            "waiting for merge %d; islands that are there: %s; %s", island.position.number,
+            ", ".join(sorted(living)),
+            "a merger is at work" if merging else "no merger: start `jaxlm outer serve`",
+        )  # fmt: skip
 
 
 def agree_on_gone(merges: list[Merge] | Gone) -> Gone | None:
@@ -273,13 +302,14 @@ def rejoin(island: Island, theta: Boxes, gone: Gone, keep: bool) -> Boxes:
 def wait_for_snapshot(island: Island, above: int) -> tuple[Position, dict[str, np.ndarray]]:
     """The newest sound snapshot of more than `above` merges; the merger is asked for one."""
     while True:
-        number = -1
+        number, found = -1, None
         if leads():
             found = courier.read_snapshot(island.process, island.about, above)
             number = -1 if found is None else found[0].number
         number = agree(number)
         if number >= 0:
-            found = courier.read_snapshot(island.process, island.about, above)
+            if not leads():
+                found = courier.read_snapshot(island.process, island.about, above)
             if found is None or found[0].number != number:
                 raise UserError(f"outer.store: snapshot {number} went away; start the island again")
             island.needs = 0

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxlm import checkpoint, data, metrics
 from jaxlm import config as cfg
@@ -40,7 +38,6 @@ from jaxlm.state import Arrays, State, abstract_state
 logger = logging.getLogger("jaxlm")
 KEY_FILE = "island.key"  # in the run's directory
 FOUNDER = "founder"
-STEP_STATES = (optax.ScaleByScheduleState,)  # parts of an optimizer's state that count steps
 
 
 @dataclasses.dataclass
@@ -76,8 +73,8 @@ def meet(config: cfg.Config, program: Program) -> Meeting:
             isle.step += 1
             state = found(post, state)
         else:
-            arrays = adopt.after_step(isle, mergeable(post, state))
-            state = state if arrays is None else with_arrays(state, arrays)
+            arrays = adopt.after_step(isle, placed.mergeable(post.program.structure, state))
+            state = state if arrays is None else placed.with_arrays(state, arrays)
         _began(isle)
         return state, (values, dict(isle.numbers))
 
@@ -106,36 +103,6 @@ def read(values: tuple[Arrays, dict[str, float]]) -> dict[str, float]:
     return numbers | {f"outer/{name}": value for name, value in values[1].items()}
 
 
-def mergeable(post: Post, state: State) -> Arrays:
-    """The arrays that are merged: parameters, and variables that the forward changes."""
-    weights = post.program.structure.weights
-    changed = {
-        name: array
-        for name, array in state.fixed.items()
-        if name not in weights and jnp.issubdtype(array.dtype, jnp.floating)
-    }
-    return state.params | changed
-
-
-def with_arrays(state: State, arrays: Arrays) -> State:
-    """The state with these arrays in the place of its own."""
-    pick = lambda own: {name: arrays.get(name, array) for name, array in own.items()}
-    return dataclasses.replace(state, params=pick(state.params), fixed=pick(state.fixed))
-
-
-def at_step(state: State, step: int) -> State:
-    """The state at another local step: also for the schedule, so that no warm-up comes again."""
-
-    def number(like: jax.Array) -> jax.Array:
-        value = np.asarray(step, like.dtype)
-        return jax.make_array_from_callback((), like.sharding, lambda _: value)
-
-    is_counter = lambda leaf: isinstance(leaf, STEP_STATES)
-    counted = lambda leaf: leaf._replace(count=number(leaf.count)) if is_counter(leaf) else leaf
-    opt = jax.tree.map(counted, state.opt, is_leaf=is_counter)
-    return dataclasses.replace(state, step=number(state.step), opt=opt)
-
-
 # --- arriving ------------------------------------------------------------------------------------
 
 
@@ -145,12 +112,17 @@ def open_island(post: Post, state: State, blocks: list[int]) -> Island:
     stop = threading.Event()
     store = patient(open_store(outer.store), stop)
     identity = _identity(config)
-    arrays = mergeable(post, state)
+    arrays = placed.mergeable(post.program.structure, state)
     kinds = {n: (x.shape, "params" if n in state.params else "fixed") for n, x in arrays.items()}
     body = facts_of.describe(kinds, outer, _data_facts(config), config.batch.sequences)
+    problem = None
     if island.leads():
-        facts_of.found(store, identity, body)
-    island.agree(0)  # the others read what process 0 has written
+        try:
+            facts_of.found(store, identity, body)
+        except UserError as error:
+            problem = error
+    if not island.agree(int(problem is None)):
+        raise problem or UserError(f"outer.store={outer.store}: see what process 0 says")
     _, about, identity = facts_of.read(store, identity)
     process = Process(store, identity, presence.patience(outer.grace))
     isle = Island(
@@ -167,8 +139,8 @@ def open_island(post: Post, state: State, blocks: list[int]) -> Island:
 def _identity(config: cfg.Config) -> Identity:
     outer = config.outer
     keys = records.parse_keys(outer.keys)
-    if not keys:
-        return Identity(outer.island, "")
+    if not keys or not island.leads():  # process 0 signs for all
+        return Identity(outer.island, "", None, keys)
     file = cfg.run_dir(config) / KEY_FILE
     private, public, made = records.load_private_key(file, "outer.keys")
     if made:
@@ -249,7 +221,7 @@ def _tell_wait(isle: Island, said: str) -> str:
 
 def found(post: Post, state: State) -> State:
     """Publish what all start from; where another island was first, join it."""
-    isle, arrays = _isle(post), mergeable(post, state)
+    isle, arrays = _isle(post), placed.mergeable(post.program.structure, state)
     theta = placed.from_devices(arrays)
     owned = placed.sent_here(arrays)
     own = {key: box for key, box in theta.items() if key in owned}
@@ -264,7 +236,7 @@ def found(post: Post, state: State) -> State:
 
 def join(post: Post, state: State) -> State:
     """Go on from the newest parameters, at the step and with the outer state of the others."""
-    isle, arrays = _isle(post), mergeable(post, state)
+    isle, arrays = _isle(post), placed.mergeable(post.program.structure, state)
     position, whole = adopt.wait_for_snapshot(isle, -1)
     base = placed.of_whole(whole, placed.from_devices(arrays))
     isle.step = position.step
@@ -274,7 +246,7 @@ def join(post: Post, state: State) -> State:
     isle.taken, isle.last = [isle.step] * isle.fragments, isle.step
     isle.origin = (isle.step, island.agree(_items_read(isle) if island.leads() else 0))
     logger.info("island %s joins at merge %d, step %d", isle.name, isle.position.number, isle.step)
-    return at_step(with_arrays(state, placed.to_devices(theta, arrays)), isle.step)
+    return placed.at_step(placed.with_arrays(state, placed.to_devices(theta, arrays)), isle.step)
 
 
 def _items_read(isle: Island) -> int:
@@ -305,13 +277,15 @@ def merged(post: Post, state: State) -> State:
     isle = _isle(post)
     if not isle.base:
         return state
-    return with_arrays(state, placed.to_devices(isle.base, mergeable(post, state)))
+    return placed.with_arrays(
+        state, placed.to_devices(isle.base, placed.mergeable(post.program.structure, state))
+    )
 
 
 def saved(post: Post, state: State) -> tuple[State, Arrays]:
     """What a checkpoint keeps: the merged model and the island's optimizer; `outer`: its own
     parameters, what the wire lost, and the contribution that is under way."""
-    isle, own = _isle(post), mergeable(post, state)
+    isle, own = _isle(post), placed.mergeable(post.program.structure, state)
     if not isle.base:
         return state, {}
     groups = {"own": own}
@@ -352,7 +326,7 @@ def come_back(post: Post, state: State, directory: Path, step: int, facts: dict[
             f"run.dir={directory.parent} is of island {facts['island']} in another outer.store, "
             f"not of {isle.name} in this one; choose another run.dir"
         )
-    arrays = mergeable(post, state)
+    arrays = placed.mergeable(post.program.structure, state)
     names = {"own": arrays}
     isle.step = step
     adopt.begin(isle, snapshots.read_position(facts), placed.from_devices(arrays), arrays)
@@ -377,7 +351,7 @@ def come_back(post: Post, state: State, directory: Path, step: int, facts: dict[
     logger.info(
         "island %s is back at merge %d, step %d", isle.name, isle.position.number, isle.step
     )
-    return at_step(with_arrays(state, placed.to_devices(theta, arrays)), isle.step)
+    return placed.at_step(placed.with_arrays(state, placed.to_devices(theta, arrays)), isle.step)
 
 
 def _send_again(isle: Island, own: Contribution, sent: Boxes) -> None:

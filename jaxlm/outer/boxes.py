@@ -7,13 +7,19 @@ and in a fixed order, so that all islands get the same bits from the same update
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxlm.outer import courier, parts
 from jaxlm.outer.about import About
 from jaxlm.outer.courier import Boxes
-from jaxlm.state import Arrays
+from jaxlm.state import Arrays, State, Structure
+
+STEP_STATES = (optax.ScaleByScheduleState,)  # parts of an optimizer's state that count steps
 
 
 def key_of(name: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
@@ -71,3 +77,36 @@ def pieces(about: About, boxes: Boxes, fragment: int):
         if found is not None:
             inside, rows = found
             yield key, inside, parts.key_of((name, rows)), rows
+
+
+# --- states ---------------------------------------------------------------------------------------
+
+
+def mergeable(structure: Structure, state: State) -> Arrays:
+    """The arrays that are merged: parameters, and variables that the forward changes."""
+    weights = structure.weights
+    changed = {
+        name: array
+        for name, array in state.fixed.items()
+        if name not in weights and jnp.issubdtype(array.dtype, jnp.floating)
+    }
+    return state.params | changed
+
+
+def with_arrays(state: State, arrays: Arrays) -> State:
+    """The state with these arrays in the place of its own."""
+    pick = lambda own: {name: arrays.get(name, array) for name, array in own.items()}
+    return dataclasses.replace(state, params=pick(state.params), fixed=pick(state.fixed))
+
+
+def at_step(state: State, step: int) -> State:
+    """The state at another local step: also for the schedule, so that no warm-up comes again."""
+
+    def number(like: jax.Array) -> jax.Array:
+        value = np.asarray(step, like.dtype)
+        return jax.make_array_from_callback((), like.sharding, lambda _: value)
+
+    is_counter = lambda leaf: isinstance(leaf, STEP_STATES)
+    counted = lambda leaf: leaf._replace(count=number(leaf.count)) if is_counter(leaf) else leaf
+    opt = jax.tree.map(counted, state.opt, is_leaf=is_counter)
+    return dataclasses.replace(state, step=number(state.step), opt=opt)

@@ -118,7 +118,7 @@ def merges(
         stop.wait(0.0 if ledger else 0.5)
     logger.info("merging at %s from merge %d on", process.store.url, ledger.position.number)
     desk = Desk(ledger, watch)
-    pause = min(1.0, process.patience / 10)
+    pause = process.patience / 10
     while presence.holds_lease(process, LEASE):
         before = ledger.position.number
         try:
