@@ -15,6 +15,7 @@ import tiny
 from jaxlm.config import UserError
 from jaxlm.outer import about as facts
 from jaxlm.outer import courier, merging, presence, records, serve, snapshots
+from jaxlm.outer import ledger as books
 from jaxlm.outer.presence import Watch
 from jaxlm.outer.records import Damaged, Identity
 from jaxlm.outer.store import Store
@@ -261,6 +262,21 @@ def test_two_mergers_at_once_make_each_merge_once(tmp_path, rule):
     assert place.same(place.arrays_of(desks[0]), place.arrays_of(desks[1]))
     third = place.merger(store, tmp_path / "m3", "m3")
     assert place.same(place.arrays_of(desks[0]), place.arrays_of(third))
+
+
+def test_of_two_mergers_that_know_different_contributions_one_counts(tmp_path):
+    store = place.memory()
+    processes, about = begin(store, **RULES["diloco"])
+    first, second = (place.merger(store, tmp_path / f"m{i}", f"m{i}") for i in range(2))
+    publish(processes, about, 0)
+    a, b = (books.take(first.ledger, island, 0) for island in ISLANDS)
+    assert merging.make_merge(first.ledger, 0, [a, b], {})
+    before = place.arrays_of(second)
+    assert not merging.make_merge(second.ledger, 0, [books.take(second.ledger, "a", 0)], {})
+    assert second.ledger.position.number == 0 and place.same(place.arrays_of(second), before)
+    assert merging.follow(second.ledger)
+    assert second.ledger.position == first.ledger.position
+    assert place.same(place.arrays_of(second), place.arrays_of(first))
 
 
 # --- damage --------------------------------------------------------------------------------------

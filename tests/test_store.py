@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from jaxlm.outer import about as facts
-from jaxlm.outer import claims, courier, parts, presence, records
+from jaxlm.outer import claims, courier, parts, presence, records, serve
 from jaxlm.outer.presence import Process, Watch
 from jaxlm.outer.records import Damaged, Identity
 from jaxlm.outer.store import Store, open_store, patient
@@ -354,20 +354,15 @@ def test_who_slept_between_listing_and_creating_holds_nothing(tmp_path):
     store, watch = open_store(str(tmp_path)), Watch(lambda: 0.0)
     one, two, sleeper = processes(store, 3)
     assert presence.take_lease(one, "x", watch)
-    old = store.list("leases/x/")
-
-    def slow_list(folder: str) -> list[str]:
-        if lists:
-            return store.list(folder)
-        lists.append(folder)
-        for process, last in ((one, two), (two, one), (one, two)):
-            presence.write_beat(process, 0, {"left": True})
-            assert presence.take_lease(last, "x", Watch(lambda: 0.0))
-        return old
-
-    lists: list[str] = []
     presence.write_beat(one, 0, {"left": True})
-    asleep = dataclasses.replace(sleeper, store=dataclasses.replace(store, list=slow_list))
+
+    def slow_create(name: str, data: bytes) -> bool:
+        for process, following in ((one, two), (two, one), (one, two)):
+            presence.write_beat(process, 0, {"left": True})
+            assert presence.take_lease(following, "x", Watch(lambda: 0.0))
+        return store.create(name, data)
+
+    asleep = dataclasses.replace(sleeper, store=dataclasses.replace(store, create=slow_create))
     assert not presence.take_lease(asleep, "x", watch)
     assert presence.holds_lease(two, "x")
 
@@ -446,3 +441,26 @@ def test_a_damaged_claim_is_never_read_by_another(tmp_path):
     assert [claims.place(b, item) for item in range(2)] == [4, 5]
     again = claims.open_claims(a.process, 2, a.blocks)
     assert [claims.place(again, item) for item in range(6)] == [0, 1, 2, 3, 6, 7]
+
+
+def test_rounds_over_an_object_store(s3, tmp_path):
+    """Islands and a merger that know only a URL, each with a connection of its own."""
+    url = f"{s3}/{uuid.uuid4().hex}"
+    a = place.begin(open_store(url), place.settings(wire=("int8",)), "a")
+    b = place.begin(open_store(url), place.settings(wire=("int8",)), "b")
+    place.publish_first(a, place.initial())
+    about = place.about_of(b)
+    desk = place.merger(open_store(url), tmp_path / "m")
+    position, base = courier.read_snapshot(b, about)
+    for number in range(2):
+        for island in (a, b):
+            place.beat(island, number)
+            place.contribute(island, about, number, number)
+        serve.turn(desk)
+        for merge in place.every_merge(b, about, position):
+            for name, update in merge.update.items():
+                base[name] -= update
+            position = merge.position
+    assert position.number == 2
+    found = place.arrays_of(desk)
+    assert all(found[f"base:{name}"].tobytes() == x.tobytes() for name, x in base.items())
