@@ -2,6 +2,8 @@
 beside them; against plain runs, and against numpy."""
 
 import dataclasses
+import json
+import socket
 import threading
 import time
 
@@ -431,3 +433,44 @@ def test_mistakes_name_their_key(data, tmp_path):
     public = "0" * 64
     own = config(data, tmp_path / "s", "a", f"outer.keys=[a:{public}]", f"run.dir={tmp_path / 'r'}")
     assert "outer.keys has another key for a" in tiny.message(Run, own, 0)
+
+
+# --- real processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+def test_an_island_of_two_processes_killed_and_back(data, tmp_path, plain):
+    """Alone it trains as a plain run, to rounding; each process sends its own shards."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    store, run_dir = tmp_path / "store", tmp_path / "run"
+    merger = tiny.command("outer", "serve", str(store))
+    common = [
+        "train", str(tiny.CONFIGS / "llama.yaml"), f"run.dir={run_dir}", f"data.path={data}",
+        f"steps={STEPS}", "data.segments=false", "outer.every=4", f"outer.store={store}",
+        "outer.island=a", "outer.grace=4", "outer.rule=average", "outer.fragments=2",
+        "outer.overlap=1", "outer.mix=1", "checkpoint.every=3", "eval.every=0", "mesh.fsdp=4",
+        "devices.simulate=2", f"devices.coordinator=localhost:{port}", "devices.num_processes=2",
+    ]  # fmt: skip
+    start = lambda: [tiny.command(*common, f"devices.process_id={i}") for i in range(2)]
+    try:
+        processes = start()
+        until = time.monotonic() + 200
+        while checkpoint.latest(run_dir / "checkpoints") not in (6, 9, 12):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        for process in processes:
+            process.kill()
+            process.communicate()
+        for process in start():
+            tiny.finish(process)
+    finally:
+        merger.kill()
+        merger.communicate()
+    losses = tiny.losses(run_dir)
+    rtol = 1e-3 if len(losses) < STEPS else 1e-5  # merges since the checkpoint: moments are older
+    for step, loss in losses.items():
+        assert loss == pytest.approx(plain.losses[step - 1], rel=rtol)
+    names = open_store(str(store)).list("contributions/")
+    assert all(len(json.loads((store / n).read_text())["body"]["payloads"]) == 2 for n in names)

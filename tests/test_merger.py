@@ -381,12 +381,15 @@ def test_a_damaged_merge_is_overcome_without_a_hand(tmp_path, caplog):
     serve.turn(desk)
     further = desk.ledger.position
     store.write(last, b"torn")
-    desk = place.merger(store, tmp_path / "again")
+    old, desk = desk, place.merger(store, tmp_path / "again")
     assert f"{last}: torn" in caplog.text and "given up" in caplog.text
-    with pytest.raises(courier.Gone):
-        publish((a, b), about, desk.ledger.position.number)
-        serve.turn(desk)
-        place.every_merge(b, about, further)
+    assert desk.ledger.position.number == further.number
+    publish((a, b), about, further.number)
+    serve.turn(desk)
+    with pytest.raises(courier.Gone, match="continues other merges"):
+        courier.read_merge(b, about, further)
+    with pytest.raises(Damaged, match="continues other merges"):  # one that was at work meanwhile
+        merging.follow(old.ledger)
     assert courier.read_snapshot(b, about, further.number - 1) is not None
 
 
