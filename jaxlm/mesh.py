@@ -31,6 +31,12 @@ def make_mesh(sizes: dict[str, int], dcn: dict[str, int], devices: list | None =
     devices = list(jax.devices()) if devices is None else list(devices)
     shape = [sizes[axis] for axis in cfg.AXES]
     outer = [dcn.get(axis, 1) for axis in cfg.AXES]
+    slices = len({getattr(d, "slice_index", None) for d in devices})
+    if math.prod(outer) == 1 and slices > 1:
+        raise cfg.UserError(
+            f"mesh.dcn is empty, and the devices are in {slices} slices; name the axis that runs "
+            f"across them, as in mesh.dcn={{data: {slices}}} with mesh.data={slices} or a multiple"
+        )
     if math.prod(outer) == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:

@@ -95,10 +95,15 @@ class Log:
     paused: Callable[[], contextlib.AbstractContextManager]  # time inside is not counted
 
 
+def numbers(values: dict[str, jax.Array]) -> dict[str, float]:
+    """The metrics of a step, read."""
+    return {name: float(value) for name, value in values.items()}
+
+
 @contextlib.contextmanager
 def open_log(
     config: cfg.Config, structure: Structure, mesh: Mesh, run_dir: Path, start: int,
-    read: Callable[[Any], dict[str, float]],
+    read: Callable[[Any], dict[str, float]] = numbers,
 ) -> Iterator[Log]:  # fmt: skip
     """Open a run's outputs to continue from step `start`; records of later steps are dropped.
 

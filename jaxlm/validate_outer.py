@@ -37,6 +37,11 @@ def check_outer(config: Config, sizes: dict[str, int]) -> None:
             f"outer.learning_rate={o.learning_rate} outer.momentum={o.momentum} have no effect "
             "with outer.rule=average; leave them out, or use outer.rule=diloco"
         )
+    if config.mesh.auto and not o.store:
+        raise UserError(
+            f"mesh=auto with outer.every={o.every}: it would leave one island; give the axes, as "
+            "in mesh.replica=2 mesh.fsdp=-1"
+        )
     if o.start_step >= config.steps:
         raise UserError(
             f"outer.start_step={o.start_step} is not below steps={config.steps}: the islands "

@@ -1,6 +1,8 @@
 """Islands in one job, against islands trained one by one and merged by numpy in float64."""
 
 import dataclasses
+import json
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import checkpoint, outer
+from jaxlm.cli import main
 from jaxlm.data import load, open_split
-from jaxlm.outer import exchange, fleet, together
+from jaxlm.outer import exchange, fleet, merge, together
 from jaxlm.outer.relocate import compile_for
 from jaxlm.program import make_program, program_on
 from jaxlm.sharding import batch_shardings, sequence_order
@@ -237,11 +240,6 @@ def test_a_resumed_run_goes_on_bit_for_bit(data, tmp_path):
     same(again, params)
     assert all(np.any(x) for kept in ("momentum", "error", "sent")
                for x in state.memory[kept].values())  # fmt: skip
-    # The merged model alone is what evaluation and export read.
-    found = checkpoint.restore_params(
-        tmp_path, 6, *(jax.tree.map(lambda x: x, each) for each in (state.shared["params"], {}))
-    )
-    assert found[0].keys() == params.keys()
 
 
 @pytest.mark.nightly
@@ -272,6 +270,74 @@ def test_memory_is_the_same_in_a_checkpoint_of_any_mesh(data, mesh):
         again = programs.save_memory(programs.load_memory(saved))
     for kept in saved:
         same(jax.tree.map(np.asarray, again[kept]), jax.tree.map(np.asarray, saved[kept]))
+
+
+def test_two_processes_of_an_island_each_are_one_process_of_both(data, tmp_path, capsys):
+    """Losses are means over islands; what is evaluated and kept is the merged model."""
+    own = [*SGD, *ISLANDS, *EVERYTHING, f"steps={STEPS}", f"data.path={data}"]
+    losses, params, state = train(config(data, *ISLANDS, *EVERYTHING), 4)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    own += [f"run.dir={tmp_path}", "devices.simulate=2", "devices.num_processes=2"]
+    own += [f"devices.coordinator=localhost:{port}", "checkpoint.every=6", "eval.every=6"]
+    llama = tiny.CONFIGS / "llama.yaml"
+    processes = [tiny.command("train", llama, *own, f"devices.process_id={i}") for i in (0, 1)]
+    for process in processes:
+        tiny.finish(process)
+    assert list(tiny.losses(tmp_path).values()) == pytest.approx(losses, rel=1e-6)
+    where = {n: x.sharding for n, x in state.shared["params"].items()}
+    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[n]) for n, x in params.items()}
+    with jax.set_mesh(jax.tree.leaves(where)[0].mesh):
+        kept, _ = checkpoint.restore_params(tmp_path / "checkpoints", STEPS, like, {})
+    close(jax.tree.map(np.asarray, kept), params)
+    logged = [r["eval/loss"] for r in tiny.records(tmp_path) if "eval/loss" in r]
+    assert main(["eval", str(tmp_path), "--json", "devices.simulate=0", "mesh.data=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(logged[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["nan", "away"])
+def test_a_refused_island_starts_again_from_the_merged_model(data, bad):
+    """Its contribution counts for nothing, and what it could not send is forgotten."""
+    own = ["mesh.replica=4", "mesh.fsdp=2", "outer.every=4", "outer.rule=average"]
+    islands = config(data, *own, "outer.defend=cosine", "outer.wire=[int8,float32]")
+    found = fleet.open_fleet(islands, program_of(islands, 8))
+    programs, rng = exchange.make_programs(found), np.random.default_rng(0)
+    before, thetas = {}, {}
+    for name, leaf in found.abstract.params.items():
+        before[name] = rng.normal(size=leaf.shape).astype(np.float32)
+        step = 0.1 * (rng.normal(size=leaf.shape) + 0.3 * rng.normal(size=(4, *leaf.shape)))
+        step[2] = np.nan if bad == "nan" and name == "embed" else -step[2]
+        thetas[name] = (before[name] - step).astype(np.float32)
+    whole = lambda arrays: {
+        n: jax.device_put(x, NamedSharding(found.whole.mesh, found.homes[n]))
+        for n, x in arrays.items()
+    }
+    joined = lambda arrays: {
+        n: jax.device_put(x.reshape(-1, *x.shape[2:]), leaf.sharding)
+        for (n, x), leaf in zip(
+            arrays.items(), fleet.join_abstract(found, found.abstract.params).values(), strict=True
+        )
+    }
+    with jax.set_mesh(found.whole.mesh):
+        tokens = jax.device_put(
+            np.ones(4, np.float32), NamedSharding(found.whole.mesh, P("replica"))
+        )
+        update, memory, verdict = programs.exchange(
+            joined(thetas), whole(before), exchange.new_memory(found), 0, tokens
+        )
+        after, merged, _, _ = programs.adopt(
+            joined(thetas), whole(before), {}, update, verdict.refused, 0
+        )
+    assert [merge.REASONS[i] for i in verdict.refused] == [
+        "", "", {"nan": merge.REASONS[2], "away": merge.REASONS[3]}[bad], "",
+    ]  # fmt: skip
+    for name, x in merged.items():
+        own = np.asarray(after[name]).reshape(thetas[name].shape)
+        np.testing.assert_array_equal(own[2], x)
+        assert np.isfinite(own).all()
+        error = np.asarray(memory["error"][name]).reshape(4, 2, -1)  # islands, devices, elements
+        assert not error[2].any() and all(error[k].any() for k in (0, 1, 3))
 
 
 def test_a_program_is_compiled_once_for_all_islands():

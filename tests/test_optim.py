@@ -415,8 +415,8 @@ def test_a_low_rank_matrix_takes_its_rule():
 
 
 def test_an_unknown_name_has_no_rule():
-    with pytest.raises(KeyError, match="sgd"):
-        optim.make_optimizer(config.Optimizer(name="sgd", learning_rate=0.1), 10, DIMS)
+    with pytest.raises(KeyError, match="rmsprop"):
+        optim.make_optimizer(config.Optimizer(name="rmsprop", learning_rate=0.1), 10, DIMS)
     with pytest.raises(KeyError, match="step"):
         optim.schedule(config.Optimizer(schedule="step", learning_rate=0.1), 10)
 

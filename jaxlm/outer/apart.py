@@ -99,8 +99,9 @@ def _began(isle: Island) -> None:
 
 def read(values: tuple[Arrays, dict[str, float]]) -> dict[str, float]:
     """A step's metrics as numbers: the island's own, and where it stands among the others."""
-    numbers = {name: float(value) for name, value in values[0].items()}
-    return numbers | {f"outer/{name}": value for name, value in values[1].items()}
+    return metrics.numbers(values[0]) | {
+        f"outer/{name}": value for name, value in values[1].items()
+    }
 
 
 # --- arriving ------------------------------------------------------------------------------------

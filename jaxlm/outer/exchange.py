@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import config as cfg
 from jaxlm.outer import merge, wire
-from jaxlm.outer.fleet import ISLAND, Fleet, joined, local_shape, num_copies
+from jaxlm.outer.fleet import ISLAND, Fleet, join_abstract, joined, local_shape, num_copies
 from jaxlm.outer.fragments import cut, paste, unite
 from jaxlm.state import Arrays
 
@@ -94,7 +94,7 @@ def make_exchange(fleet: Fleet):
             payload, error_N[n] = wire.send(change_N, own["error"].get(n), up)
             decode = functools.partial(wire.decode, count=change_N.size // count, wire=up)
             swap = lambda x: jax.lax.all_to_all(x.reshape(count, -1), ISLAND, 0, 0)
-            received_KM[n] = jax.vmap(decode)(jax.tree.map(swap, payload))
+            received_KM[n] = jax.vmap(decode)(_as_bits(swap, payload))
         weights_K = jax.lax.all_gather(tokens, ISLAND, tiled=True)
         state = {each: own[each] for each in fleet.rule.remembers}
         update_M, state, verdict = merge.make_update(
@@ -105,10 +105,10 @@ def make_exchange(fleet: Fleet):
             payload, sent_M[n] = wire.send(update_M[n], own["sent"].get(n), down)
             decode = functools.partial(wire.decode, count=update_M[n].size, wire=down)
             gather = lambda x: jax.lax.all_gather(x, ISLAND)
-            update_N = jax.vmap(decode)(jax.tree.map(gather, payload)).reshape(-1)
+            update_N = jax.vmap(decode)(_as_bits(gather, payload)).reshape(-1)
             shape = _fragment_shape(fleet, n)
             update[n] = update_N[: math.prod(shape)].reshape(shape)
-        refused = merge.is_bad(verdict)[jax.lax.axis_index(ISLAND)]
+        refused = merge.is_bad(verdict.refused)[jax.lax.axis_index(ISLAND)]
         dropped = {n: jnp.where(refused, 0.0, x) for n, x in error_N.items() if x is not None}
         new = state | {"error": dropped, "sent": sent_M}
         memory = {
@@ -122,6 +122,18 @@ def make_exchange(fleet: Fleet):
     return _everywhere(exchange, fleet, inputs, outputs, donate=2)
 
 
+def _as_bits(move: Callable, payload: Arrays) -> Arrays:
+    """Arrays moved between devices; bfloat16 as whole numbers, as XLA for CPU would widen it."""
+
+    def one(x: jax.Array) -> jax.Array:
+        if x.dtype != jnp.bfloat16:
+            return move(x)
+        bits = move(jax.lax.bitcast_convert_type(x, jnp.uint16))
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+    return {n: one(x) for n, x in payload.items()}
+
+
 def make_adopt(fleet: Fleet):
     """jit(params of the islands, merged params, changed variables of the islands, update,
     refused [K], fragment) -> the first three and the merged variables, with the update taken in.
@@ -133,7 +145,7 @@ def make_adopt(fleet: Fleet):
     mix, parts = fleet.config.outer.mix, fleet.config.outer.fragments
 
     def adopt(thetas: Arrays, before: Arrays, fixed: Arrays, update: Arrays, refused_K, fragment):
-        refused = refused_K[jax.lax.axis_index(ISLAND)]
+        refused = merge.is_bad(refused_K)[jax.lax.axis_index(ISLAND)]
         for n in fleet.names:
             old, theta = cut(before[n], fragment, parts), cut(thetas[n], fragment, parts)
             new = theta + (1 - mix) * ((old - theta) - update[n])
@@ -234,3 +246,31 @@ def make_release(fleet: Fleet):
     parts, whole = fleet.config.outer.fragments, _specs(fleet, fleet.names, False)
     release = lambda arrays, fragment: {n: cut(x, fragment, parts) for n, x in arrays.items()}
     return _everywhere(release, fleet, (whole, P()), whole)
+
+
+def abstract_calls(fleet: Fleet):
+    """The two programs of a merge, each with the shapes that it is called with."""
+    mesh, params = fleet.whole.mesh, fleet.abstract.params
+    homes = lambda names: {n: NamedSharding(mesh, fleet.homes[n]) for n in names}
+    like = lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home)
+    thetas = join_abstract(fleet, params)
+    before = {n: like(params[n], home) for n, home in homes(params).items()}
+    fixed = join_abstract(fleet, {n: fleet.abstract.fixed[n] for n in fleet.changed})
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = jax.ShapeDtypeStruct(
+        (fleet.count,), jnp.float32, sharding=NamedSharding(mesh, P(ISLAND))
+    )
+    update = {
+        n: jax.ShapeDtypeStruct(_whole_fragment(fleet, n), jnp.float32, sharding=home)
+        for n, home in homes(params).items()
+    }
+    refused = jax.ShapeDtypeStruct((fleet.count,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    memory = abstract_memory(fleet)
+    yield make_exchange(fleet), (thetas, before, memory, number, tokens)
+    yield make_adopt(fleet), (thetas, before, fixed, update, refused, number)
+
+
+def _whole_fragment(fleet: Fleet, name: str) -> tuple[int, ...]:
+    """The shape of a fragment of a parameter, on all devices."""
+    first, *rest = fleet.abstract.params[name].shape
+    return (-(-first // fleet.config.outer.fragments), *rest)

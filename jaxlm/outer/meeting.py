@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jaxlm import checkpoint
+from jaxlm import checkpoint, metrics
 from jaxlm import config as cfg
 from jaxlm.program import Program
 from jaxlm.state import Arrays, State, abstract_state
@@ -36,6 +36,5 @@ def alone(config: cfg.Config, program: Program) -> Meeting:
 
     return Meeting(
         begin=lambda state: state, restore=restore, step=program.train_step,
-        read=lambda values: {name: float(value) for name, value in values.items()},
-        merged=lambda state: state, saved=lambda state: (state, {}),
+        read=metrics.numbers, merged=lambda state: state, saved=lambda state: (state, {}),
     )  # fmt: skip

@@ -62,9 +62,9 @@ class Verdict(NamedTuple):
 REASONS = ("", "it has no weight", "it is not finite", "it points away from the others")
 
 
-def is_bad(verdict: Verdict) -> jax.Array:
+def is_bad(refused_K: jax.Array) -> jax.Array:
     """[K]: whether a contribution is refused for what it is, and not for having no weight."""
-    return verdict.refused > 1
+    return refused_K > 1
 
 
 def make_rule(config: Outer) -> Rule:

@@ -1,9 +1,9 @@
 """One compilation for several sets of devices of the same shape.
 
 XLA compiles for named devices, and jax compiles anew for each island. Here a program is compiled
-for the first island; for the others the compiled code is loaded again with their devices' names.
-jax's own loader (jax.experimental.serialize_executable) keeps the names, so that its reader and the
-runtime's compile options are used below it. What is read is what this process has just written.
+for the first island; for the others the runtime loads the machine code again with their devices'
+names, and jax's description of the program (a dataclass without a public name) is copied with their
+shardings. Nothing is pickled.
 
 jax's cache of compiled programs is not asked: a program for CPUs that was loaded once cannot be
 loaded again. On GPUs it leaves the names out by itself, and is used in place of all this.
@@ -12,15 +12,16 @@ loaded again. On GPUs it leaves the names out by itself, and is used in place of
 from __future__ import annotations
 
 import contextlib
-import io
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh, NamedSharding
+from jaxlib import xla_client
 
 logger = logging.getLogger("jaxlm")
 
@@ -47,7 +48,7 @@ def compile_for(step: jax.stages.Wrapped, meshes: list, arguments: list[tuple]) 
     with _uncached():
         first = compile_all(range(1))
     try:
-        return first + [_load(first[0], meshes[0], mesh) for mesh in meshes[1:]]
+        return first + [_load(first[0], mesh) for mesh in meshes[1:]]
     except (AttributeError, TypeError, NotImplementedError, ValueError, RuntimeError) as error:
         logger.info(
             "each island's step is compiled on its own, as the runtime cannot move it: %s",
@@ -69,29 +70,22 @@ def _uncached() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _load(compiled: Any, there: Any, here: Any) -> jax.stages.Compiled:
-    """The compiled program on the devices of mesh `here`, in place of those of `there`."""
-    data, inputs, outputs = serialize_executable.serialize(compiled)
-    old, new = list(there.devices.flat), list(here.devices.flat)
-    reader = _Reader(io.BytesIO(data), old[0].client, new)
-    reader.devices_by_id = dict(zip((device.id for device in old), new, strict=True))
-    unloaded, arguments, no_kwargs = reader.load()
+def _load(compiled: Any, mesh: Mesh) -> jax.stages.Compiled:
+    """The compiled program on the devices of another mesh of the same shape."""
+    there, devices = compiled._executable._unloaded_executable, list(mesh.devices.flat)
+    client = devices[0].client
+    options = xla_client.CompileOptions()
+    options.num_partitions = options.executable_build_options.num_partitions = len(devices)
+    ids = np.array([[device.id for device in devices]])
+    options.device_assignment = xla_client.DeviceAssignment.create(ids)
+    own = xla_client.DeviceList(tuple(devices))
+    code = there.xla_executable
+    code = code.serialize() if hasattr(code, "serialize") else client.serialize_executable(code)
+    move = lambda homes: [NamedSharding(mesh, h.spec, memory_kind=h.memory_kind) for h in homes]
+    here = dataclasses.replace(
+        there, xla_executable=client.deserialize_executable(code, own, options), device_list=own,
+        input_shardings=move(there.input_shardings), output_shardings=move(there.output_shardings),
+    )  # fmt: skip
     return jax.stages.Compiled(
-        unloaded.load(), [], inputs.unflatten(arguments), outputs, no_kwargs=no_kwargs
+        here.load(), [], compiled.args_info, compiled.out_tree, no_kwargs=compiled._no_kwargs
     )
-
-
-class _Reader(serialize_executable._JaxPjrtUnpickler):
-    """jax's reader, with a device assignment of our own."""
-
-    def persistent_load(self, pid):
-        if pid[0] != "exec":
-            return super().persistent_load(pid)
-        from jaxlib import xla_client
-
-        ids = np.array([[device.id for device in self.devices_by_id.values()]])
-        options = xla_client.CompileOptions()
-        options.num_partitions = ids.size
-        options.device_assignment = xla_client.DeviceAssignment.create(ids)
-        options.executable_build_options.num_partitions = ids.size
-        return self.backend.deserialize_executable(pid[1], self.execution_devices, options)

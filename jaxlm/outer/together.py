@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import checkpoint
+from jaxlm import checkpoint, metrics
 from jaxlm import config as cfg
 from jaxlm.outer import merge
 from jaxlm.outer.exchange import Memory, Programs, make_programs, new_memory, saved_specs
@@ -33,6 +34,8 @@ from jaxlm.outer.relocate import compile_for
 from jaxlm.program import Program
 from jaxlm.state import Arrays, State, abstract_state
 
+logger = logging.getLogger("jaxlm")
+
 
 class Whole(NamedTuple):
     """Before the islands part: one state on the whole mesh."""
@@ -49,7 +52,7 @@ class Parted(NamedTuple):
     weights: dict[int, list]  # of the last outer.every steps of each, scalars on its devices
     shared: dict[str, Arrays]  # params: merged ones; fixed: those that the forward changes, merged
     memory: Memory  # of the rule and of the wire
-    pending: dict[int, tuple]  # fragment -> (its update, refused [K]), while steps go on
+    pending: dict[int, tuple]  # fragment -> (its update, why refused [K])
 
 
 def meet(config: cfg.Config, whole: Program) -> Meeting:
@@ -92,6 +95,10 @@ def meet(config: cfg.Config, whole: Program) -> Meeting:
 
 def part(fleet: Fleet, state: State, step: int) -> Parted:
     """The islands start from the state of the whole mesh."""
+    logger.info(
+        "%d islands of %d devices each part at step %d and are merged every %d steps",
+        fleet.count, fleet.meshes[0].size, step, fleet.config.outer.every,
+    )  # fmt: skip
     shared = {"params": state.params, "fixed": {n: state.fixed[n] for n in fleet.changed}}
     with jax.set_mesh(fleet.whole.mesh):  # a copy: the islands' steps donate their arrays
         shared = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(shared)
@@ -115,7 +122,7 @@ def merge_due(fleet: Fleet, programs: Programs, state: Parted) -> Parted:
             update, memory, verdict = programs.exchange(
                 thetas, state.shared["params"], state.memory, fragment, tokens(fleet, state)
             )
-        pending = state.pending | {fragment: (update, merge.is_bad(verdict))}
+        pending = state.pending | {fragment: (update, verdict.refused)}
         state = state._replace(memory=memory, pending=pending)
         if last or not outer.overlap:
             state = take(fleet, programs, state, fragment)
@@ -124,6 +131,12 @@ def merge_due(fleet: Fleet, programs: Programs, state: Parted) -> Parted:
 
 def take(fleet: Fleet, programs: Programs, state: Parted, fragment: int) -> Parted:
     """Take the update of a fragment in."""
+    if jax.process_index() == 0:
+        for k, why in enumerate(np.asarray(state.pending[fragment][1])):
+            if why:
+                logger.warning(
+                    "step %d: island %d is refused: %s", state.step, k, merge.REASONS[why]
+                )
     thetas = join(fleet, {k: island.params for k, island in state.islands.items()})
     fixed = join(fleet, {k: _changed(fleet, island) for k, island in state.islands.items()})
     with jax.set_mesh(fleet.whole.mesh):
@@ -160,8 +173,8 @@ def merged(fleet: Fleet, state: Whole | Parted) -> State:
 def read(fleet: Fleet, values: dict) -> dict[str, float]:
     """Metrics: means over all islands by the weight of their losses. All processes call it."""
     if "loss" in values:  # of a step on the whole mesh
-        return {name: float(value) for name, value in values.items()}
-    numbers = {k: {name: float(v) for name, v in each.items()} for k, each in values.items()}
+        return metrics.numbers(values)
+    numbers = {k: metrics.numbers(each) for k, each in values.items()}
     if fleet.count == 1:
         return numbers[0]
     here, names = jax.process_index(), list(numbers[fleet.own[0]])
@@ -186,14 +199,14 @@ def saved(fleet: Fleet, programs: Programs, state: Whole | Parted) -> tuple[Stat
     weights = {k: np.zeros(fleet.config.outer.every, np.float32) for k in fleet.own}
     for k, row in weights.items():
         row[: len(state.weights[k])] = [float(weight) for weight in state.weights[k]]
-    refused = np.zeros((fleet.config.outer.fragments, fleet.count), bool)
+    refused = np.zeros((fleet.config.outer.fragments, fleet.count), np.int32)
     with jax.set_mesh(fleet.whole.mesh):
         groups = programs.save_memory(state.memory) | {"island": params, "fixed": fixed}
         if fleet.config.outer.overlap:
             held = jax.tree.map(jnp.zeros_like, state.shared["params"])
-            for fragment, (update, bad_K) in state.pending.items():
+            for fragment, (update, why_K) in state.pending.items():
                 held = programs.hold(held, update, fragment)
-                refused[fragment] = np.asarray(bad_K)
+                refused[fragment] = np.asarray(why_K)
             groups |= {"pending": held}
     rows = join(fleet, {k: on_island(fleet, k, row) for k, row in weights.items()})
     flat = _flat(groups) | {"weights": rows, "refused": _everyone(fleet, refused)}
@@ -220,7 +233,7 @@ def restore(fleet: Fleet, programs: Programs, directory: Any, step: int) -> Whol
     row = jax.ShapeDtypeStruct((outer.every,), jnp.float32, sharding=NamedSharding(mesh, P()))
     bad = (outer.fragments, fleet.count)
     flat = _flat(groups) | {"weights": join_abstract(fleet, row)}
-    flat["refused"] = jax.ShapeDtypeStruct(bad, jnp.bool, sharding=row.sharding)
+    flat["refused"] = jax.ShapeDtypeStruct(bad, jnp.int32, sharding=row.sharding)
     arrays = checkpoint.restore_outer(directory, step, flat)
     state = checkpoint.restore_state(directory, step, whole)
     group = lambda name: {n: arrays[f"{name}.{n}"] for n in groups[name]}

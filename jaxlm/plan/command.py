@@ -62,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
 
     config = runs.load_config(args.config, [_override(text) for text in args.overrides])
     target = _target(config)
+    if (args.search or args.fit) and config.outer.every and not config.outer.store:
+        raise cfg.UserError(
+            f"--{'search' if args.search else 'fit'} with outer.every={config.outer.every}: it "
+            "looks at one train step; plan an island alone, with outer.every=0 mesh.replica=1 and "
+            "the part of the target that it has"
+        )
     if args.search:
         return _search(args, config, target)
     if config.mesh.auto:

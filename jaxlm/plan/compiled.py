@@ -27,6 +27,7 @@ from jaxlm import configfile, program_cache, xla
 from jaxlm.attention.compiled import kernel_flops
 from jaxlm.hardware.network import route
 from jaxlm.hardware.target import Target, parse_target
+from jaxlm.outer import exchange, fleet
 from jaxlm.plan import cache, cost, overflow
 from jaxlm.plan.memory_classes import classify
 from jaxlm.program import Program, make_program, trace_train_step
@@ -51,6 +52,8 @@ def report(config: cfg.Config, name: str) -> dict[str, Any]:
     target = parse_target(name)
     program = make_program(config, target.devices())
     start = time.monotonic()
+    if config.outer.every and not config.outer.store:  # islands' steps are plans of their own
+        return {"outer": [cost.to_json(each) for each in read_merges(config, program, target)]}
     lowered = trace_train_step(config, program).lower()
     traced = time.monotonic()
     refused = None
@@ -111,6 +114,26 @@ def read_cost(
     return taken, [buffer._asdict() for buffer in peak.buffers[:LARGEST]]
 
 
+def read_merges(config: cfg.Config, program: Program, target: Target) -> list[cost.Cost]:
+    """The costs of the two programs of a merge between islands.
+
+    Memory is the peak, of no class; time that of the wires and of the device's memory.
+    """
+    made, axes = [], dict(program.layout.axes)
+    for step, arguments in exchange.abstract_calls(fleet.open_fleet(config, program)):
+        with jax.set_mesh(program.mesh):
+            done = step.lower(*arguments).compile()
+        memory, text = done.memory_analysis(), done.as_text()
+        assert memory is not None and text is not None
+        module = xla.parse(text)
+        hbm, host = xla.count_bytes(module, list(xla.walk(module)))
+        found = xla.find_collectives(module)
+        rows = count_traffic(found, axes, target, config.mesh.dcn)
+        peak = {"merge": float(memory.peak_memory_in_bytes)}
+        made.append(cost.Cost(peak, {}, 0.0, rows, hbm, host))
+    return made
+
+
 def unknown_trips(visits: list[xla.Visit]) -> list[str]:
     """What to say of loops of which the text does not tell how often they run."""
     unknown = {visit.scheduled.name for visit in visits if not visit.known}
@@ -158,7 +181,8 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
         raise CompileError(_last_words(done, target))
     found = json.loads(done.stdout.splitlines()[-1])
     surfaced = [line for line in done.stderr.splitlines() if SURFACED in line]
-    found["warnings"] += dict.fromkeys(surfaced)  # a refused program was compiled twice
+    if "outer" not in found:  # a refused program was compiled twice
+        found["warnings"] += dict.fromkeys(surfaced)
     cache.write(config, name, found)
     return found | {"cached": False}
 
@@ -166,6 +190,8 @@ def measure(config: cfg.Config, target: Target) -> dict[str, Any]:
 def _is_whole(kept: dict[str, Any]) -> bool:
     """Whether a kept result has what `report` makes; a file that does not is damaged."""
     try:
+        if "outer" in kept:
+            return all(cost.from_json(each).peak >= 0 for each in kept["outer"])
         taken = cost.from_json(kept["cost"]).peak if kept["cost"] else 0.0
         needed = overflow.Refusal(**kept["refused"]).needed_bytes if kept["refused"] else 0.0
         numbers = [taken, needed, *(kept[name] for name in NUMBERS)]

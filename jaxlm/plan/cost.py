@@ -12,7 +12,7 @@ from typing import Any
 
 # Classes of memory, in the order in which they are shown; activations kept for the backward pass
 # are "saved/<name>": the names of remat.names, "block input", "residuals" where remat keeps all.
-MEMORY = ("parameters", "optimizer", "gradients", "batch", "saved", "logits", "workspace")
+MEMORY = ("parameters", "optimizer", "gradients", "batch", "saved", "logits", "workspace", "outer")
 # Parts of the model that FLOPs are counted for, each "<part>/<pass>": forward, backward, recompute.
 PARTS = (
     "projections", "attention", "mlp", "experts", "router", "head", "optimizer", "other",

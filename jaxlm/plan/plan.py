@@ -10,7 +10,8 @@ from jaxlm import config as cfg
 from jaxlm import lint, metrics
 from jaxlm.hardware.target import Target
 from jaxlm.mesh import make_mesh
-from jaxlm.plan import compiled, cost, estimate, roofline
+from jaxlm.outer.fleet import ISLAND, island_config
+from jaxlm.plan import compiled, cost, estimate, outer_step, roofline
 from jaxlm.plan.cost import Cost
 from jaxlm.plan.memory_classes import UNEXPLAINED
 from jaxlm.state import Structure
@@ -38,6 +39,12 @@ class Plan:
     largest: tuple[dict[str, Any], ...] = ()  # buffers at the peak of a compiled program
     refused: dict[str, Any] | None = None  # overflow.Refusal: the compiler says it does not fit
     warnings: tuple[str, ...] = ()
+    outer: dict[str, Any] | None = None  # outer_step.plan: islands, of which this is one
+
+    @property
+    def islands(self) -> int:
+        """Islands of the job, each like the one that is planned."""
+        return self.outer["islands"] if self.outer else 1
 
     @property
     def limit(self) -> float:
@@ -80,6 +87,8 @@ def make_plan(config: cfg.Config, target: Target, analytic: bool) -> Plan:
     """Estimate a config, from the trace of its step or from its compiled program."""
     validate(config, target.size)
     sizes = resolve_mesh(config.mesh, target.size)
+    if config.outer.every and not config.outer.store:
+        return _plan_islands(config, sizes, target, analytic)
     structure = estimate.structure_of(config)
     chosen, why = estimate.attention_of(config, sizes, estimate.one_device(target))
     guess = estimate.of_config(config, target)
@@ -99,6 +108,23 @@ def make_plan(config: cfg.Config, target: Target, analytic: bool) -> Plan:
         code=result["code_bytes"], largest=tuple(result["largest"]),
         warnings=(*plan.warnings, *result["warnings"], *refusal_lines(result)),
         refused=result["refused"],
+    )  # fmt: skip
+
+
+def _plan_islands(
+    config: cfg.Config, sizes: dict[str, int], target: Target, analytic: bool
+) -> Plan:
+    """The plan of one island, and of the merges of all."""
+    count = sizes[ISLAND]
+    part = outer_step.island_target(target, count)
+    one = make_plan(island_config(config, sizes), part, analytic)
+    merges = outer_step.measure(config, target, analytic)
+    kept = outer_step.kept_bytes(config, target)
+    taken = dataclasses.replace(one.cost, memory=one.cost.memory | {"outer": kept})
+    return dataclasses.replace(
+        one, cost=taken, traced=one.traced + kept,
+        outer=outer_step.plan(config, target, merges, count),
+        warnings=(*lint_lines(config, target, one.structure), *one.warnings),
     )  # fmt: skip
 
 
@@ -147,7 +173,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as plain data: the keys of `--json`, which stay as they are."""
     config, target, seconds = plan.config, plan.target, plan.time.seconds
     limit, rate = plan.limit, plan.tokens / seconds if seconds else 0.0
-    hours = config.steps * seconds / 3600
+    outer = plan.outer or {"seconds": 0.0, "every": 1}
+    hours = config.steps * (seconds + outer["seconds"] / outer["every"]) / 3600
     return {
         "name": config.name,
         "method": plan.method,
@@ -187,9 +214,9 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             "tokens_per_second_per_chip": rate / target.chips,
         },
         "run": {
-            "steps": config.steps, "tokens": config.steps * plan.tokens, "hours": hours,
-            "chip_hours": hours * target.chips,
-            "cost": hours * target.chips * config.plan.price,
+            "steps": config.steps, "tokens": config.steps * plan.tokens * plan.islands,
+            "hours": hours, "chip_hours": hours * target.chips * plan.islands,
+            "cost": hours * target.chips * plan.islands * config.plan.price,
             "checkpoint_bytes": estimate.checkpoint_bytes(config, plan.structure),
         },
         "efficiencies": {
@@ -197,6 +224,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
             for name, known in plan.efficiencies.items()
         },
         "largest": list(plan.largest),
+        "outer": plan.outer,
         "warnings": list(plan.warnings),
         "notes": list(plan.cost.notes),
     }  # fmt: skip

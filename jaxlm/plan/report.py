@@ -19,7 +19,15 @@ def show(console: Console, plan: dict[str, Any]) -> None:
     """Print a plan (plan.to_dict)."""
     for line in head(plan):
         console.print(escape(line), soft_wrap=True)
-    for table in (_memory(plan), _flops(plan), _collectives(plan), _step(plan), _run(plan)):
+    tables = [
+        _memory(plan),
+        _flops(plan),
+        _collectives(plan),
+        _step(plan),
+        _outer(plan),
+        _run(plan),
+    ]
+    for table in tables:
         if table.row_count:
             show_table(console, table)
     if plan["largest"]:
@@ -55,6 +63,8 @@ def head(plan: dict[str, Any]) -> list[str]:
         f"loss in {settings['loss_chunks']} chunks",
         f"attention {settings['attention']}: {settings['attention_reason']}",
     ]
+    if outer := plan["outer"]:
+        lines[0] = f"one of {outer['islands']} islands, " + lines[0]
     if plan["memory"]["refused"]:
         lines.append(refusal(plan["memory"]))
     return lines
@@ -133,6 +143,32 @@ def _collectives(plan: dict[str, Any]) -> Table:
             row["kind"], " x ".join(row["axes"]), row["network"], str(row["size"]),
             f"{row['count']:,.0f}", size(row["bytes"]), size(row["wire"]), f"{part:.0%}",
         )  # fmt: skip
+    return table
+
+
+def _outer(plan: dict[str, Any]) -> Table:
+    outer = plan["outer"] or {"collectives": [], "networks": {}}
+    table = _table("", "kind", "axes", "over", "of", "count", "results", "sent", "time")
+    for row in sorted(outer["collectives"], key=lambda r: -r["wire"]):
+        seconds = row["wire"] / row["bandwidth"] if row["bandwidth"] else 0.0
+        table.add_row(
+            row["kind"], " x ".join(row["axes"]), row["network"], str(row["size"]),
+            f"{row['count']:,.0f}", size(row["bytes"]), size(row["wire"]), duration(seconds),
+        )  # fmt: skip
+    if plan["outer"]:
+        sent = ", ".join(
+            f"{size(each['bytes'])} over {name} in {duration(each['seconds'])}"
+            for name, each in outer["networks"].items()
+        )
+        between = outer["every"] * plan["step"]["seconds"]
+        what = f"{outer['rule']}, {' and '.join(outer['wire'])}"
+        if outer["fragments"] > 1:
+            what += f", each time one of {outer['fragments']} fragments"
+        table.title = (
+            f"a merge of {outer['islands']} islands after {outer['every']} steps ({what}): "
+            f"{duration(outer['seconds'])}, {outer['seconds'] / between:.1%} of these; a device "
+            f"sends {sent or 'nothing'}"
+        )
     return table
 
 

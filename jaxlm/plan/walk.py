@@ -35,6 +35,7 @@ class Array:
     width: int  # bytes of an element
     partial: frozenset[str] = frozenset()  # axes over which it is a sum that is still to be made
     host: bool = False  # it lies in the host's memory
+    whole: bool = False  # its elements are whole numbers
     frame: int = dataclasses.field(default=0, compare=False)  # the shard_map that it is in; 0: none
     # Of a step that stands for others (shared.py), where `shape` is of what these do not name:
     times: tuple[Axes, ...] = ()  # what each dimension is a multiple of
@@ -90,18 +91,19 @@ def array(aval: Any, frame: int = 0) -> Array:
     """The type of a value."""
     shape = tuple(aval.shape)
     try:
-        width = np.dtype(aval.dtype).itemsize
+        width, whole = np.dtype(aval.dtype).itemsize, np.dtype(aval.dtype).kind in "iub"
     except TypeError:  # a random key
-        width = 8
+        width, whole = 8, True
     host = getattr(aval, "memory_space", None) == jax.memory.Space.Host
     sharding = getattr(aval, "sharding", None)
     if sharding is None or len(sharding.mesh.shape) == 0:
-        return Array(shape, ((),) * len(shape), width, host=host, frame=frame)
+        return Array(shape, ((),) * len(shape), width, host=host, whole=whole, frame=frame)
     spec = sharding.spec
     entries = tuple(getattr(spec, "partitions", None) or getattr(spec, "_partitions", ()))
     entries += (None,) * (len(shape) - len(entries))
     axes = lambda entry: (entry,) if isinstance(entry, str) else tuple(entry or ())
-    return Array(shape, tuple(map(axes, entries)), width, frozenset(spec.unreduced), host, frame)
+    split = tuple(map(axes, entries))
+    return Array(shape, split, width, frozenset(spec.unreduced), host, whole, frame)
 
 
 def read(jaxpr: Jaxpr) -> Body:

@@ -77,7 +77,9 @@ def collectives(
         if not axes:
             continue
         kind, size = sent.kind, sent.bytes(sizes)
-        size = size * max(1, facts.wire // max(1, body.arrays[op.outputs[0]].width))
+        moved = body.arrays[op.outputs[0]]
+        if not moved.whole:
+            size = size * max(1, facts.wire // max(1, moved.width))
         if kind == "reduce-scatter" and not facts.scatters:
             kind, size = "all-reduce", size * math.prod(sizes[axis] for axis in axes)
         yield kind, axes, size

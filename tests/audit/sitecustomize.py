@@ -27,7 +27,8 @@ def hook(event: str, arguments: tuple) -> None:
     elif event == "exec":
         name = arguments[0].co_filename
         by = sys._getframe().f_back
-        if by is not None and name.startswith("<") and not name.startswith("<frozen "):
+        text = not name or name.startswith("<") and not name.startswith("<frozen ")
+        if by is not None and text:
             name = by.f_code.co_filename  # of a text, the file that runs it; none: python -c
         if not name.startswith("<") and not os.path.realpath(name).startswith(TRUSTED):
             write(f"ran {name}")
