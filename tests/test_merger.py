@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import threading
 import uuid
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 import tiny
 
+from jaxlm.cli import main
 from jaxlm.config import UserError
 from jaxlm.outer import about as facts
 from jaxlm.outer import courier, merging, presence, records, serve, snapshots
 from jaxlm.outer import ledger as books
 from jaxlm.outer.presence import Watch
 from jaxlm.outer.records import Damaged, Identity
-from jaxlm.outer.store import Store
+from jaxlm.outer.store import Store, open_store
 
 RULES = {
     "average": dict(rule="average"),
@@ -552,3 +554,45 @@ def test_only_what_islands_signed_is_merged(tmp_path, caplog):
     assert presence.read_beats(store, a.identity) == {}
     presence.write_beat(forged, 0, {})
     assert presence.read_beats(store, a.identity) == {}
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_status_tells_who_is_there_late_or_refused(tmp_path, capsys):
+    folder = tmp_path / "store"
+    store = open_store(str(folder))
+    outer = place.settings(rule="diloco", momentum=0.5, fragments=2, quorum=3)
+    a, b, c = (place.begin(store, outer, name) for name in "abc")
+    place.publish_first(a, place.initial())
+    about = place.about_of(a)
+    desk = place.merger(store, tmp_path / "m")
+    bad = {n: np.full_like(x, np.nan) for n, x in place.deltas_of(about, "b", 0, 0).items()}
+    for process, made in ((a, None), (b, bad), (c, None)):
+        place.beat(process, 0, step=7, round=1, total_bytes_sent=2.5e6, speed=1.5)
+        place.contribute(process, about, 0, 0, made)
+    serve.turn(desk)
+    place.contribute(a, about, 1, 1)
+    ends = [presence.start_beats(p, lambda: {"state": "training", "step": 8}) for p in (a, b)]
+    place.beat(c, 9, left=True)
+    assert main(["outer", "status", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["outer", "status", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for end in ends:
+        end(True)
+    rows = {row["island"]: row for row in found["islands"]}
+    assert {n: row["state"] for n, row in rows.items()} == dict(
+        a="training", b="training", c="left"
+    )
+    assert (rows["b"]["refused"], rows["a"]["refused"], rows["a"]["step"]) == (1, 0, 8)
+    assert found["merges"] == 1 and found["waiting_for"] == ["b"] and found["merger"] == "absent"
+    assert found["tokens"] == 64  # of two, in one of two fragments
+    assert lines[1].split()[:3] == ["island", "state", "step"] and len(lines) == 6
+    assert lines[-1] == "merge 1 waits for: b"
+    assert main(["outer", "status", str(tmp_path / "none")]) == 2
+    assert "no such directory" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    assert main(["outer", "status", str(tmp_path / "m")]) == 2
+    assert "has no about.json" in capsys.readouterr().err
+    assert main(["outer", "serve", str(folder), "--key", str(tmp_path / "key")]) == 2
+    assert "--key without --keys" in capsys.readouterr().err

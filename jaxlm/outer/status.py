@@ -26,7 +26,7 @@ def read_status(place: str, keys: Sequence[str] = (), watch_seconds: float | Non
 
     Raises UserError where the store cannot be used.
     """
-    store = open_store(place, "STORE")
+    store = open_store(place, "STORE", make=False)
     identity = Identity("status", "", None, records.parse_keys(keys, "--keys"))
     _, about, identity = facts.read(store, identity)
     patience = presence.patience(about.outer.grace)

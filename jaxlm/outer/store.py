@@ -47,13 +47,15 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
-def open_store(place: str, key: str = "outer.store") -> Store:
-    """The store at a directory, which is made, or at the URL of an object store.
+def open_store(place: str, key: str = "outer.store", make: bool = True) -> Store:
+    """The store at a directory, which is made where `make`, or at the URL of an object store.
 
     Raises UserError, naming the config key or argument `key`, where it cannot be used.
     """
     if not place.strip() or "\0" in place:
         raise UserError(f"{key}={place!r} must be a directory or the URL of an object store")
+    if not (make or is_url(place) or os.path.isdir(place)):
+        raise UserError(f"{key}={place}: there is no such directory; name that of outer.store")
     store = _open_objects(place, key) if is_url(place) else _open_directory(Path(place), key)
     try:
         store.list("snapshots/")
