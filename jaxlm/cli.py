@@ -17,7 +17,7 @@ OVERRIDES = "key.sub=value: overrides of the config, e.g. mesh.fsdp=8 optimizer.
 # Arguments, of any command, that name files or directories.
 PATHS = (
     "config", "target", "source", "out", "path", "inputs", "validation", "tokenizer", "html",
-    "write", "calibrate",
+    "write", "calibrate", "store", "key",
 )  # fmt: skip
 
 
@@ -88,6 +88,7 @@ def _expand_paths(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """All commands; each sets `run`, a function of the arguments."""
     from jaxlm.data import command
+    from jaxlm.outer import command as outer_command
     from jaxlm.plan import command as plan_command
     from jaxlm.privacy import command as privacy_command
 
@@ -107,6 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_config(commands)
     _add_verify(commands)
+    outer_command.add_parser(commands)
     return parser
 
 

@@ -17,6 +17,8 @@ EXTRAS = {
     "tensorboard": ("tensorboardX>=2.6",),
     "wandb": ("wandb>=0.18",),
     "privacy": ("dp-accounting>=0.5",),
+    "store": ("obstore>=0.6",),
+    "sign": ("cryptography>=42",),
 }
 
 

@@ -205,18 +205,21 @@ def first_state(
 ) -> tuple[Any, int]:  # fmt: skip
     """The newest state of the run, or a new one, possibly with another run's parameters.
 
-    `restore` reads the state of a checkpoint (directory, step); `begin` takes a new one.
+    `restore` reads the state of a checkpoint (directory, step); `begin` takes a new one. Either may
+    be at a later step than that: an island goes on where the others are.
     """
     directory = cfg.run_dir(config) / "checkpoints"
     step = checkpoint.latest(directory)
     if step is not None:
         data_state = checkpoint.read_data(directory, step)
         load.check_data_state(data_state, step, training, config.batch, config.seed)
-        return restore(directory, step), step
+        state = restore(directory, step)
+        return state, int(state.step)
     state = create_state(config, layout, optimizer, mesh)
     if config.checkpoint.start_from:
         state = _with_parameters(state, config, layout, mesh, training)
-    return begin(state), 0
+    state = begin(state)
+    return state, int(state.step)
 
 
 def _with_parameters(

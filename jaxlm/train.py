@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import Any
@@ -56,7 +57,7 @@ def train(config: cfg.Config) -> None:
     )
     for key, before, now in checkpoint.refuse_other_run(run_dir, config, data_state(0)):
         logger.info("changed since the last start: %s=%s, was %s", key, now, before)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.closing(meeting):
         shardings = batch_shardings(config, layout, mesh)
         held_out = make_evaluation(config, structure, layout, shardings, options)
         tokenizer = run.training_tokenizer(config)
@@ -66,7 +67,7 @@ def train(config: cfg.Config) -> None:
         state, start = run.first_state(
             config, layout, optimizer, mesh, training, meeting.restore, meeting.begin
         )
-        stream = load.batches
+        stream = functools.partial(load.batches, places=meeting.places)
         if ledger:
             rate, secret = ledger.terms.rate, ledger.secret
             stream = functools.partial(load.private_batches, rate=rate, secret=secret)
@@ -113,8 +114,8 @@ def train(config: cfg.Config) -> None:
                     if saving:
                         kept, islands = meeting.saved(state)
                         checkpoint.save(
-                            manager, done, kept, data_state(done), configfile.to_dict(config),
-                            islands,
+                            manager, done, kept, data_state(done) | meeting.facts(),
+                            configfile.to_dict(config), islands,
                         )  # fmt: skip
                     if sampling:
                         log.samples(done, write_samples(meeting.merged(state)))

@@ -279,11 +279,6 @@ def _check_privacy(config: Config) -> None:
             "losses that even the load of experts join the rows of a batch, so no row's part of "
             "the gradient is bounded; use a family without experts"
         )
-    if config.outer.every:
-        raise UserError(
-            f"outer.every={config.outer.every} with privacy.clip_norm={p.clip_norm:g}: what the "
-            "islands spend together is not accounted for; use outer.every=0"
-        )
     if config.mesh.stage != 1:
         raise UserError(
             f"mesh.stage={config.mesh.stage} with privacy.clip_norm={p.clip_norm:g}: the norms of "

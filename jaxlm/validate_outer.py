@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from jaxlm.config import Config, UserError
@@ -9,6 +10,7 @@ from jaxlm.keys_outer import WIRES, Outer
 from jaxlm.nearest import or_list
 
 ISLAND = "replica"
+ISLAND_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 ROUNDS = 50  # below it, momentum 0.9 hurt and averaging did better (docs/slow-links.md)
 
 
@@ -88,10 +90,16 @@ def _refuse_without_store(o: Outer) -> None:
 
 
 def _check_store(o: Outer, sizes: dict[str, int]) -> None:
-    if not o.island.strip() or set(o.island) & set("/\\\0:") or o.island.startswith("."):
+    if not re.fullmatch(ISLAND_NAME, o.island) or o.island == "merger":
         raise UserError(
-            f"outer.island={o.island!r} must be a name without separators, another one for each "
-            "job that meets in outer.store, as in outer.island=paris"
+            f"outer.island={o.island!r} must be a name of letters, digits, _, - and . but not "
+            "merger, another one for each job that meets in outer.store, as in outer.island=paris"
+        )
+    if o.overlap >= max(1, o.every // o.fragments):
+        raise UserError(
+            f"outer.overlap={o.overlap} with outer.every={o.every} and outer.fragments="
+            f"{o.fragments}: with outer.store one merge is under way at a time; use outer.overlap="
+            f"{max(1, o.every // o.fragments) - 1} or less"
         )
     if sizes[ISLAND] > 1:
         raise UserError(

@@ -50,16 +50,18 @@ def batches(
     order: np.ndarray | None = None,
     segments: bool = True,
     prefetch: int = 4,
+    places: Callable[[int], int] = lambda place: place,
 ) -> Iterator[dict[str, jax.Array]]:
     """Training batches from start_step on, for ever, made ahead by two threads.
 
     `order` is the order of tokens within every row (sharding.sequence_order); None: as they are.
+    `places` says where the n-th item of this run lies in the stream, which several may share.
     """
     packed = pack(split, batch.sequence_length, seed, segments)
     items = item_order(packed.num_items, seed)
 
     def make(place: int) -> Item:
-        index = items[place]
+        index = items[places(place)]
         assert index is not None  # None only after a filter, and there is none
         return item(packed, int(index))
 

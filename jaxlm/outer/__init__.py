@@ -1,30 +1,25 @@
-"""Islands: sets of devices that train one copy of the model each and merge what they learnt."""
+"""Islands: sets of devices that train one copy of the model each and merge what they learnt.
+
+The command line imports this package for the arguments of `jaxlm outer`, so that it loads what
+trains when that is asked for.
+"""
 
 from __future__ import annotations
 
-from jaxlm import checkpoint, metrics
-from jaxlm import config as cfg
-from jaxlm.outer import together
-from jaxlm.outer.meeting import Meeting
-from jaxlm.program import Program
-from jaxlm.state import State, abstract_state
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxlm import config as cfg
+    from jaxlm.outer.meeting import Meeting
+    from jaxlm.program import Program
 
 
 def meet(config: cfg.Config, program: Program) -> Meeting:
     """How the islands of a config meet; without islands, its train step."""
+    from jaxlm.outer import apart, meeting, together
+
+    if config.outer.store:
+        return apart.meet(config, program)
     if config.outer.every:
         return together.meet(config, program)
-    return alone(config, program)
-
-
-def alone(config: cfg.Config, program: Program) -> Meeting:
-    """One copy of the model: its state, its step and its metrics as they are."""
-
-    def restore(directory, step: int) -> State:
-        abstract = abstract_state(config, program.layout, program.optimizer, program.mesh)
-        return checkpoint.restore_state(directory, step, abstract)
-
-    return Meeting(
-        begin=lambda state: state, restore=restore, step=program.train_step,
-        read=metrics.numbers, merged=lambda state: state, saved=lambda state: (state, {}),
-    )  # fmt: skip
+    return meeting.alone(config, program)
