@@ -30,11 +30,11 @@ CASES = {  # name -> mesh, family, overrides
     "biases, positions, data": ("data=4", "gpt2", ["batch.microbatches=2", "remat.policy=dots"]),
     "norms, soft caps, fsdp": ("fsdp=4", "gemma", GEMMA),
     "untied, context x tensor": ("context=2,tensor=2", "qwen", QWEN),
+}  # fmt: skip
+MORE = {  # nightly
     "some weights, expert x context": (
         "expert=2,context=2", "llama", ["optimizer.train=[embed, '*.gate']", "gather_at=step"],
     ),
-}  # fmt: skip
-MORE = {
     "one device": ("fsdp=1", "llama", []),
     "every axis but stage": ("data=2,fsdp=2,context=2", "llama", ["loss.chunks=1"]),
     "few key heads, tensor": ("tensor=4,replica=2", "llama", ["data.segments=false"]),
