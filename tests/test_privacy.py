@@ -33,7 +33,9 @@ CASES = {  # name -> mesh, family, overrides
 }  # fmt: skip
 MORE = {  # nightly
     "some weights, expert x context": (
-        "expert=2,context=2", "llama", ["optimizer.train=[embed, '*.gate']", "gather_at=step"],
+        "expert=2,context=2",
+        "llama",
+        ["optimizer.train=[embed, '*.gate']", "gather_at=step"],
     ),
     "one device": ("fsdp=1", "llama", []),
     "every axis but stage": ("data=2,fsdp=2,context=2", "llama", ["loss.chunks=1"]),
