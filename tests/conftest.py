@@ -42,7 +42,8 @@ def data(tmp_path_factory):
 # Files whose tests compile steps of a model or start runs, the longest first: every worker takes a
 # file at a time, and none is left with a long one when the others are done.
 SLOW = (
-    "verify every_layout pipeline moe context run train parity layouts gemma generate optim "
+    "verify every_layout islands private_runs privacy apart pipeline moe context run train parity "
+    "layouts gemma generate optim merger plan_islands "
     "records attention tokenizer_files walk audit devices checkpoint qwen plan shared round_trip "
     "compile evaluate families hlo interop liveness overflow plan_memory"
 ).split()
