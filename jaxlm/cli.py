@@ -90,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxlm.data import command
     from jaxlm.outer import command as outer_command
     from jaxlm.plan import command as plan_command
+    from jaxlm.privacy import command as privacy_command
 
     parser = argparse.ArgumentParser(
         prog="jaxlm", description="Train language models on any mesh that a config names."
@@ -102,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_generate(commands)
     command.add_parser(commands)
+    privacy_command.add_parser(commands)
     _add_import(commands)
     _add_export(commands)
     _add_config(commands)

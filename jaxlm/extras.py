@@ -16,6 +16,7 @@ EXTRAS = {
     "parquet": ("pyarrow>=15",),
     "tensorboard": ("tensorboardX>=2.6",),
     "wandb": ("wandb>=0.18",),
+    "privacy": ("dp-accounting>=0.5",),
     "store": ("obstore>=0.6",),
     "sign": ("cryptography>=42",),
 }

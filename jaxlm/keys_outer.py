@@ -75,18 +75,22 @@ class Outer:
 
 @section
 class Privacy:
-    """DP-SGD: each row's gradient is clipped, and noise is added once a step."""
+    """DP-SGD: each row's gradient is clipped, and noise is added once a step (docs/privacy.md)."""
 
     clip_norm: float = key(
-        0.0, "largest norm of one row's gradient; 0: no privacy", minimum=0.0,
+        0.0, "largest norm of the gradient of one row's loss, which is the sum over its tokens "
+        "divided by batch.sequence_length; 0: no privacy", minimum=0.0,
         changes="recompiles numbers data",
     )  # fmt: skip
     noise_multiplier: float = key(
-        0.0, "standard deviation of the noise, in units of privacy.clip_norm", minimum=0.0,
-        changes="recompiles numbers",
+        0.0, "standard deviation of the noise on the sum of gradients, in units of "
+        "privacy.clip_norm; above 0", minimum=0.0, changes="recompiles numbers",
     )  # fmt: skip
     delta: float = key(
         1e-6, "chance that epsilon does not hold; below one over the number of rows", minimum=0.0,
-        maximum=1.0,
+        maximum=1.0, changes="recompiles numbers data",
     )  # fmt: skip
-    epsilon: float = key(0.0, "budget: the run ends before it is spent; 0: none", minimum=0.0)
+    epsilon: float = key(
+        0.0, "budget: the run ends at the last step that it pays for; 0: none", minimum=0.0,
+        changes="numbers",
+    )  # fmt: skip

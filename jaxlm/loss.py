@@ -130,23 +130,27 @@ def token_losses(hidden_BSD, head_VD, targets_BS, model: cfg.Model, layout: Layo
 
     @functools.partial(jax.checkpoint, prevent_cse=chunks == 1)
     def one(hidden_BsD, targets_Bs):
-        scores_BsV = logits(hidden_BsD, head_VD.astype(dtype), model)
-        top_Bs = jax.lax.stop_gradient(jnp.max(scores_BsV, -1))
-        log_z_Bs = top_Bs + jnp.log(jnp.sum(jnp.exp(scores_BsV - top_Bs[..., None]), -1))
-        # A gather along a sharded vocabulary would replicate it: a masked sum does not.
-        hit_BsV = targets_Bs[..., None] == jnp.arange(scores_BsV.shape[-1])
-        score_Bs = jnp.sum(jnp.where(hit_BsV, scores_BsV, 0.0), -1)
-        return log_z_Bs - score_Bs, log_z_Bs**2
+        return score_losses(logits(hidden_BsD, head_VD.astype(dtype), model), targets_Bs)
 
     if chunks == 1:
         return one(hidden_BSD, targets_BS)
     step = lambda _, chunk: (None, one(*chunk))
-    split = lambda x: _split(x, chunks, layout)
+    split = lambda x: split_sequence(x, chunks, layout)
     _, outputs = jax.lax.scan(step, None, (split(hidden_BSD), split(targets_BS)))
-    return tuple(_join(x_NBs, layout) for x_NBs in outputs)
+    return tuple(join_sequence(x_NBs, layout) for x_NBs in outputs)
 
 
-def _split(x, chunks: int, layout: Layout):
+def score_losses(scores_BsV, targets_Bs):
+    """-log p(target) and log(Z)^2 of tokens with these scores over the vocabulary."""
+    top_Bs = jax.lax.stop_gradient(jnp.max(scores_BsV, -1))
+    log_z_Bs = top_Bs + jnp.log(jnp.sum(jnp.exp(scores_BsV - top_Bs[..., None]), -1))
+    # A gather along a sharded vocabulary would replicate it: a masked sum does not.
+    hit_BsV = targets_Bs[..., None] == jnp.arange(scores_BsV.shape[-1])
+    score_Bs = jnp.sum(jnp.where(hit_BsV, scores_BsV, 0.0), -1)
+    return log_z_Bs - score_Bs, log_z_Bs**2
+
+
+def split_sequence(x, chunks: int, layout: Layout):
     """[B, S, ...] -> [N, B, S/N, ...]; a device keeps its own part of the sequence in each."""
     batch, length, *rest = x.shape
     ways = layout.size("seq")
@@ -157,11 +161,11 @@ def _split(x, chunks: int, layout: Layout):
     return jnp.reshape(x, (chunks, batch, length // chunks, *rest), out_sharding=P(None, b, s, *r))
 
 
-def _join(x_NBs, layout: Layout):
-    """The inverse of `_split` for [N, B, s]."""
-    chunks, batch, size = x_NBs.shape
+def join_sequence(x, layout: Layout):
+    """The inverse of `split_sequence`: [N, B, s, ...] -> [B, S, ...]."""
+    chunks, batch, size, *rest = x.shape
     ways = layout.size("seq")
-    _, b, s = jax.typeof(x_NBs).sharding.spec
-    shape = (chunks, batch, ways, size // ways)
-    x = jnp.moveaxis(jnp.reshape(x_NBs, shape, out_sharding=P(None, b, s, None)), 0, 2)
-    return jnp.reshape(x, (batch, chunks * size), out_sharding=P(b, s))
+    _, b, s, *r = jax.typeof(x).sharding.spec
+    shape = (chunks, batch, ways, size // ways, *rest)
+    x = jnp.moveaxis(jnp.reshape(x, shape, out_sharding=P(None, b, s, None, *r)), 0, 2)
+    return jnp.reshape(x, (batch, chunks * size, *rest), out_sharding=P(b, s, *r))

@@ -270,8 +270,9 @@ def describer(config: cfg.Config, structure: Structure, mesh: Mesh):
         rate = record["tokens_per_second"]
         left = (config.steps - record["step"]) * record["step_seconds"]
         mfu = f" MFU {rate * flops / peak:.1%}" if peak and flops else ""
+        what = "loss" if "loss" in record else "epsilon"  # of a private run no loss is told
         return (
-            f"step {record['step']}/{config.steps} loss {record['loss']:.4f}"
+            f"step {record['step']}/{config.steps} {what} {record[what]:.4f}"
             f" norm {record['grad_norm']:.2f} lr {record['learning_rate']:.1e}"
             f" {rate:,.0f} tok/s{mfu} left {_duration(left)}{_end(left)}"
         )

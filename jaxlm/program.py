@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, reshard
+from jax.sharding import Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import config as cfg
@@ -28,6 +28,9 @@ from jaxlm.loss import (
 )
 from jaxlm.mesh import open_mesh
 from jaxlm.models.decoder import Decoder
+from jaxlm.privacy.noise import add_noise
+from jaxlm.privacy.norms import clip_rows
+from jaxlm.privacy.sampling import expected_rows
 from jaxlm.sharding import Layout, batch_shardings, wide
 from jaxlm.state import Arrays, State, Structure, abstract_state, model_structure
 
@@ -68,6 +71,8 @@ def trace_train_step(config: cfg.Config, program: Program) -> jax.stages.Traced:
         )
         for name, sharding in batch_shardings(config, layout, mesh).items()
     }
+    if config.privacy.clip_norm:
+        batch["noise"] = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         state = abstract_state(config, layout, program.optimizer, mesh)
         return program.train_step.trace(state, batch)
@@ -84,18 +89,24 @@ def turns(config: cfg.Config, layout: Layout) -> int:
 def make_train_step(config: cfg.Config, structure: Structure, layout: Layout, optimizer, options):
     """jit(State, batch) -> (State, metrics); the state is donated. `options` are XLA's."""
     schedule = optim.schedule(config.optimizer, config.steps)
+    private = config.privacy.clip_norm > 0
 
     def train_step(state: State, batch: Arrays) -> tuple[State, Arrays]:
-        loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, batch, layout)
+        rows = {name: x for name, x in batch.items() if name != "noise"}
+        loss_sum, weight_sum, grads, aux = loss_and_grads(config, structure, state, rows, layout)
         count = jnp.where(weight_sum > 0, weight_sum, 1)  # a batch in which nothing counts
+        if private:  # nothing may tell how many rows the batch has
+            grads = add_noise(config.privacy, grads, batch["noise"])
+            count = expected_rows(config.batch.sequences, config.privacy.delta)
         grads = jax.tree.map(lambda g: g / count, grads)
         fixed, aux = update_fixed(config.model, state.fixed, aux)
         updates, opt, grad_norm = make_updates(config.optimizer, optimizer, state, grads)
         params = jax.tree.map(jnp.add, state.params, updates)
-        metrics = {
+        metrics = {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        if private:  # all else is of the rows themselves
+            return State(state.step + 1, params, fixed, opt), metrics
+        metrics |= {
             "loss": loss_sum / count,
-            "grad_norm": grad_norm,
-            "learning_rate": schedule(state.step),
             "weight": weight_sum,
             **{name: value / count for name, value in aux.items()},
         }
@@ -118,6 +129,8 @@ def loss_and_grads(config: cfg.Config, structure: Structure, state: State, batch
     """Sums over the batch: loss, weight, gradients, aux. The one seam between kinds of step."""
     params = defer_reduction(state.params, structure, layout)
     fixed = defer_reduction(state.fixed, structure, layout)
+    if config.privacy.clip_norm:
+        batch = clip_rows(config, structure, params, fixed, batch, layout)
     if layout.size("layers") > 1:
         aux, grads = pipeline.accumulate(config, structure, params, fixed, batch, layout)
     else:

@@ -25,7 +25,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
 
 from jaxlm import config as cfg
+from jaxlm import ghost
+from jaxlm.specs import entry_axes as _axes
+from jaxlm.specs import partitions, wide
 
+__all__ = ["Layout", "partitions", "wide"]
 P = PartitionSpec
 SUMMED = "summed"  # the name, for remat, of products that were summed over devices
 PRODUCT = "product"  # and of products that remat cannot tell from those of attention
@@ -110,8 +114,12 @@ class Layout:
 
     def gather(self, param: nnx.Param) -> jax.Array:
         """The weight in use, in the compute type: cast, then all-gathered."""
-        value = param.get_value()
-        dims = param.get_metadata("dims")
+        raw, dims = param.get_raw_value(), param.get_metadata("dims")
+        if isinstance(raw, ghost.Probed):  # its gradient's norm is wanted, not the gradient
+            return raw.replace(self._gather(raw.value, param, dims))  # pyright: ignore
+        return self._gather(param.get_value(), param, dims)
+
+    def _gather(self, value: jax.Array, param: nnx.Param, dims: str) -> jax.Array:
         spec = self.spec(dims)
         target = P(*spec, reduced=self.summed(param.get_metadata("over"), spec))
         dtype = jnp.dtype(self.compute)
@@ -129,19 +137,21 @@ class Layout:
     def dot(self, equation: str, x: jax.Array, w: jax.Array, out: str | None = None) -> jax.Array:
         """Einsum; with `out`, a sharded dimension is contracted and the result is communicated."""
         if out is None:
-            return jnp.einsum(equation, x, w)
+            return ghost.einsum(equation, x, w)
         terms, result = equation.split("->")
         places = {}
-        for term, array in zip(terms.split(","), (x, w), strict=True):
+        for term, array in zip(terms.split(","), (x, ghost.value(w)), strict=True):
             places |= dict(zip(term, partitions(jax.typeof(array).sharding.spec), strict=True))
         contracted = [places[letter] for letter in places if letter not in result]
         partial = frozenset(axis for entry in contracted for axis in _axes(entry))
         local = P(*(places[letter] for letter in result), unreduced=partial)
-        y = reshard(jnp.einsum(equation, x, w, out_sharding=local), self.spec(out))
+        y = reshard(ghost.einsum(equation, x, w, local), self.spec(out))
         return checkpoint_name(y, SUMMED) if partial else y
 
     def take(self, table: jax.Array, index: jax.Array, out: str) -> jax.Array:
         """Rows of a gathered table [vocab embed]; its first dimension may be sharded."""
+        if isinstance(table, ghost.Probed):
+            return ghost.take(table, index, self.spec(out))
         return _take(table, index, self.spec(out), jax.typeof(table))
 
     def add_bias(self, equation: str, x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -153,7 +163,7 @@ class Layout:
         ones = jnp.ones([sizes[letter] for letter in ones_term], x.dtype, out_sharding=spec)
         # The transpose of `1.0 *` pins the sharding of a cotangent that comes straight from a
         # scan's carry; without it the compiler aborts on the unreduced sum.
-        return x + 1.0 * jnp.einsum(equation, ones, bias.astype(x.dtype))
+        return x + 1.0 * ghost.einsum(equation, ones, bias.astype(x.dtype))
 
     def move(self, x: jax.Array, dims: str, over: str = "") -> jax.Array:
         """Reshard an activation to the dimensions' axes in use.
@@ -215,11 +225,6 @@ def _take_backward(out, kind, index, grad):
 _take.defvjp(_take_forward, _take_backward)
 
 
-def wide(dtype) -> jnp.dtype:
-    """The type of sums, norms and softmax: float32, or float64 in a program of float64 (verify)."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def wide_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Einsum with a `wide` result, whose gradients are products in the type of `x` and `y`."""
     return _wide_einsum(equation, x, y)
@@ -244,15 +249,6 @@ _wide_einsum.defvjp(_wide_forward, _wide_backward)
 
 def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return None if not axes else axes[0] if len(axes) == 1 else axes
-
-
-def _axes(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def partitions(spec: PartitionSpec) -> tuple:
-    """The per-dimension entries of a spec, without its reduced and unreduced sets."""
-    return tuple(getattr(spec, "partitions", None) or getattr(spec, "_partitions", ()))
 
 
 def sequence_order(layout: Layout, length: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from jaxlm.data import load
 from jaxlm.data.pack import evaluation_items
 from jaxlm.interop import carried
 from jaxlm.plan import estimate
+from jaxlm.privacy import ledger as private
 from jaxlm.program import Program, make_eval_step, make_program
 from jaxlm.sharding import Layout, batch_shardings, sequence_order
 from jaxlm.state import State, Structure
@@ -40,11 +41,15 @@ def train(config: cfg.Config) -> None:
     if jax.process_count() == 1:  # of several, one would load while others compile, and time out
         program_cache.keep()
     program = make_program(config)
-    mesh, layout, structure, optimizer, _, options = program
-    meeting = outer.meet(config, program)
     run.prepare_data(config)
     training = data.open_split(config.data.path, "train")
     data.check_vocab(training, config.model.vocab_size)
+    steps = config.steps
+    config, ledger = private.open_ledger(config, training)
+    if config.steps != steps:  # the budget pays for fewer
+        program = make_program(config)
+    mesh, layout, structure, optimizer, _, options = program
+    meeting = outer.meet(config, program)
     run_dir = cfg.run_dir(config)
     prediction = predict(config, program)
     data_state = functools.partial(
@@ -56,15 +61,20 @@ def train(config: cfg.Config) -> None:
         shardings = batch_shardings(config, layout, mesh)
         held_out = make_evaluation(config, structure, layout, shardings, options)
         tokenizer = run.training_tokenizer(config)
-        example = run.example_prompt(config, tokenizer, training)
+        # Its words are those of a training text, which a private run may not show.
+        example = "" if ledger else run.example_prompt(config, tokenizer, training)
         write_samples = make_sampling(config, structure, layout, mesh, tokenizer)
         state, start = run.first_state(
             config, layout, optimizer, mesh, training, meeting.restore, meeting.begin
         )
-        batches = load.batches(
+        stream = functools.partial(load.batches, places=meeting.places)
+        if ledger:
+            rate, secret = ledger.terms.rate, ledger.secret
+            stream = functools.partial(load.private_batches, rate=rate, secret=secret)
+        batches = stream(
             training, config.batch, config.seed, shardings, start,
             order=sequence_order(layout, config.batch.sequence_length),
-            segments=config.data.segments, prefetch=config.data.prefetch, places=meeting.places,
+            segments=config.data.segments, prefetch=config.data.prefetch,
         )  # fmt: skip
         if start < config.steps:
             run.write_config(config)
@@ -87,6 +97,8 @@ def train(config: cfg.Config) -> None:
             previous = None
             for step in range(start, config.steps):
                 state, values = meeting.step(state, next(batches))
+                if ledger:
+                    values["epsilon"] = ledger.epsilon(step + 1)
                 log.step(previous)  # reading the last step's numbers never stalls the device
                 previous, done = (step + 1, values), step + 1
                 evaluating = held_out is not None and due(done, config.eval.every)

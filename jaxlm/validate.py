@@ -34,6 +34,7 @@ def validate(config: Config, num_devices: int | None = None) -> None:
     for check in (_check_run, _check_devices, _check_optimizer, _check_remat, _check_kernel):
         check(config)
     _check_sample(config)
+    _check_privacy(config)
     family_module(config.model.family).check(config)
     if num_devices is None:
         _check_sizes(config.mesh)
@@ -253,3 +254,39 @@ def _check_sample(config: Config) -> None:
         raise UserError(f"sample.top_k={s.top_k} is above model.vocab_size={vocab}; 0 takes all")
     if not s.top_p:
         raise UserError("sample.top_p=0.0 leaves no token; for greedy use sample.temperature=0")
+
+
+def _check_privacy(config: Config) -> None:
+    p = config.privacy
+    if not p.clip_norm:
+        for key in ("noise_multiplier", "epsilon"):
+            if value := getattr(p, key):
+                raise UserError(
+                    f"privacy.{key}={value:g} has no effect with privacy.clip_norm=0.0; use "
+                    f"privacy.clip_norm=1.0, or privacy.{key}=0 to train without privacy"
+                )
+        return
+    if not p.noise_multiplier:
+        raise UserError(
+            "privacy.noise_multiplier=0.0: without noise clipped gradients are not private; use "
+            "1.0, and see `jaxlm privacy CONFIG` for what it gives"
+        )
+    if not 0 < p.delta < 1:
+        raise UserError(f"privacy.delta={p.delta:g} must be between 0 and 1, as in 1e-6")
+    if config.model.expert_share < 1:
+        raise UserError(
+            f"model.family={config.model.family} with privacy.clip_norm={p.clip_norm:g}: the "
+            "losses that even the load of experts join the rows of a batch, so no row's part of "
+            "the gradient is bounded; use a family without experts"
+        )
+    if config.mesh.stage != 1:
+        raise UserError(
+            f"mesh.stage={config.mesh.stage} with privacy.clip_norm={p.clip_norm:g}: the norms of "
+            "rows are not known in a pipeline; use mesh.stage=1, with mesh.fsdp, mesh.tensor or "
+            "mesh.context"
+        )
+    if config.outer.every:
+        raise UserError(
+            f"outer.every={config.outer.every} with privacy.clip_norm={p.clip_norm:g}: what "
+            "islands spend together is not accounted for; use outer.every=0"
+        )

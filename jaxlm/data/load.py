@@ -20,6 +20,7 @@ import numpy as np
 from jaxlm.config import Batch, UserError
 from jaxlm.data.pack import FIELDS, Item, Packed, evaluation_items, item, pack, padding
 from jaxlm.data.shards import Split
+from jaxlm.privacy import sampling
 
 STATE_FORMAT = 1
 MAX_STEPS = 1 << 40
@@ -67,6 +68,51 @@ def batches(
     return _iterate(make, batch, sharding, order, start_step, MAX_STEPS, prefetch)
 
 
+def private_batches(
+    split: Split,
+    batch: Batch,
+    seed: int,
+    sharding: Shardings,
+    start_step: int = 0,
+    *,
+    secret: bytes,
+    rate: float,
+    order: np.ndarray | None = None,
+    segments: bool = True,
+    prefetch: int = 4,
+) -> Iterator[dict[str, jax.Array]]:
+    """As `batches`, with the rows of Poisson samples, and the key of each step's noise.
+
+    Each row of the split is in a step's batch with chance `rate`, independently of all others; the
+    places that are left hold padding. The documents are in the order of the seed.
+    """
+    packed = pack(split, batch.sequence_length, seed, segments)
+
+    @functools.lru_cache(maxsize=8)
+    def drawn(step: int) -> np.ndarray:
+        return sampling.draw_rows(secret, step, packed.num_items, rate, batch.sequences)
+
+    def make(place: int) -> Item:
+        step, row = divmod(place, batch.sequences)
+        rows = drawn(step)
+        whole = row < len(rows)
+        return item(packed, int(rows[row])) if whole else padding(batch.sequence_length)
+
+    found = _iterate(make, batch, sharding, order, start_step, MAX_STEPS, prefetch)
+    return _with_noise(found, _shardings(sharding)["tokens"], secret, start_step)
+
+
+def _with_noise(
+    found: Iterator[dict[str, jax.Array]], sharding: Any, secret: bytes, start: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches with the key of their step's noise, on every device."""
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    for step, made in enumerate(found, start):
+        words = sampling.noise_key(secret, step)
+        noise = jax.make_array_from_callback(words.shape, everywhere, words.__getitem__)
+        yield made | {"noise": noise}
+
+
 def evaluation_batches(
     split: Split,
     batch: Batch,
@@ -100,7 +146,7 @@ def _iterate(
 ) -> Iterator[dict[str, jax.Array]]:
     """Make steps [start, stop) in Grain's threads and place them on this process's devices."""
     shape = (batch.sequences, batch.sequence_length)
-    shardings = dict(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(FIELDS, sharding)
+    shardings = _shardings(sharding)
     maps = [each.addressable_devices_indices_map(shape) for each in shardings.values()]
     rows_R = local_rows([index for each in maps for index in each.values() if index], shape[0])
     make_rows = functools.partial(_make_rows, make, rows_R, batch.sequences, order)
@@ -109,6 +155,10 @@ def _iterate(
     iterator = iter(steps)
     iterator.start_prefetch()
     return _place(iterator, rows_R, shape, shardings)
+
+
+def _shardings(sharding: Shardings) -> dict[str, Any]:
+    return dict(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(FIELDS, sharding)
 
 
 def _make_rows(

@@ -37,9 +37,14 @@ class Packed:
     ends_D: np.ndarray  # where it ends in the stream
 
 
+def count_items(split: Split, sequence_length: int) -> int:
+    """Sequences that a split is packed into; a last part that fills none is left out."""
+    return max((split.tokens - 1) // sequence_length, 0)
+
+
 def pack(split: Split, sequence_length: int, seed: int, segments: bool = True) -> Packed:
     """Documents in a seeded order; a last part that fills no sequence is left out."""
-    num_items = (split.tokens - 1) // sequence_length
+    num_items = count_items(split, sequence_length)
     if num_items < 1:
         raise UserError(
             f"data.path={split.path}: split {split.name} has {split.tokens} tokens, fewer than"

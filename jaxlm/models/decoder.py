@@ -146,7 +146,11 @@ def _keep_dots(primitive, *operands, **params) -> bool:
 
 def logits(hidden: jax.Array, head_VD: jax.Array, config: cfg.Model) -> jax.Array:
     """Scores over the padded vocabulary, float32; padding is -inf."""
-    scores = wide_einsum("...d,vd->...v", hidden, head_VD)
+    return cap_logits(wide_einsum("...d,vd->...v", hidden, head_VD), config)
+
+
+def cap_logits(scores: jax.Array, config: cfg.Model) -> jax.Array:
+    """Scores after the soft cap and without the padding of the vocabulary."""
     if config.logit_softcap:
         scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
     real = jnp.arange(scores.shape[-1]) < config.vocab_size

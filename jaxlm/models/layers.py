@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm import attention
+from jaxlm import attention, ghost
 from jaxlm import config as cfg
 from jaxlm.attention.xla import CACHE
 from jaxlm.sharding import Layout, wide
@@ -100,7 +100,7 @@ class LayerNorm(nnx.Module):
 def _scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x * scale over the last dimension, as a product whose gradient can stay unreduced."""
     letters = "abcd"[: x.ndim - 1]
-    return jnp.einsum(f"{letters}z,z->{letters}z", x, scale.astype(x.dtype))
+    return ghost.einsum(f"{letters}z,z->{letters}z", x, scale.astype(x.dtype))
 
 
 def rotary_table(positions_BS: jax.Array, frequencies_C: jax.Array) -> tuple[jax.Array, jax.Array]:
