@@ -62,7 +62,7 @@ def _squares(config: cfg.Config, structure: Structure, params, fixed, batch, lay
         weights: dict[str, Any] = {
             name: ghost.Probed(
                 name, params[name], norms[name],
-                ghost.Link(batch["tokens"], *link) if link and name == "embed" else None,
+                ghost.Link(batch["tokens"], link[0], link[1]) if link and name == "embed" else None,
             )
             for name in params
         }  # fmt: skip
