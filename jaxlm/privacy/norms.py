@@ -75,10 +75,11 @@ def _squares(config: cfg.Config, structure: Structure, params, fixed, batch, lay
         return (sums["loss"] + sums["z_loss"]) / config.batch.sequence_length
 
     tied = "head" not in structure.dims and "embed" in params
-    norms, link = jax.grad(loss, (0, 1))(
+    found: Any = jax.grad(loss, (0, 1))(
         {name: _zeros(structure.dims[name], params[name], batch, layout) for name in params},
         _link(config, batch, layout) if tied else None,
     )  # fmt: skip
+    norms, link = found
     total_B = sum(jnp.sum(x, 0) if x.ndim > 1 else x for x in norms.values())
     if link is not None:
         looked_BSD, met_BSD = link
