@@ -10,7 +10,7 @@ tokens of a chunk, D embed, V padded vocabulary.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class _Head(NamedTuple):
     chunks: int
 
 
-def probed_losses(hidden_BSD, head, targets_BS, config: cfg.Config, layout: Layout):
+def probed_losses(hidden_BSD, head, targets_BS, config: cfg.Config, layout: Layout) -> Any:
     """loss.token_losses, where the head may be a weight whose rows' norms are wanted."""
     static = _Head(config.model, layout, config.loss.chunks)
     if not isinstance(head, ghost.Probed):

@@ -62,7 +62,7 @@ def _squares(config: cfg.Config, structure: Structure, params, fixed, batch, lay
         weights: dict[str, Any] = {
             name: ghost.Probed(
                 name, params[name], norms[name],
-                ghost.Link(batch["tokens"], link[0], link[1]) if link and name == "embed" else None,
+                ghost.Link(batch["tokens"], *link) if link and name == "embed" else None,
             )
             for name in params
         }  # fmt: skip
@@ -75,11 +75,10 @@ def _squares(config: cfg.Config, structure: Structure, params, fixed, batch, lay
         return (sums["loss"] + sums["z_loss"]) / config.batch.sequence_length
 
     tied = "head" not in structure.dims and "embed" in params
-    found: Any = jax.grad(loss, (0, 1))(
+    norms, link = jax.grad(loss, (0, 1))(
         {name: _zeros(structure.dims[name], params[name], batch, layout) for name in params},
         _link(config, batch, layout) if tied else None,
     )  # fmt: skip
-    norms, link = found
     total_B = sum(jnp.sum(x, 0) if x.ndim > 1 else x for x in norms.values())
     if link is not None:
         looked_BSD, met_BSD = link
