@@ -320,9 +320,9 @@ def test_nobody_waits_where_contributions_are_merged_as_they_come(data, tmp_path
         return announce(process, own, payloads)
 
     monkeypatch.setattr(courier, "announce", watched)
-    rule = ["outer.rule=delayed", "outer.learning_rate=0.7", "outer.momentum=0.5", "steps=30"]
-    (a, b), desk = run_pair(data, tmp_path, *rule, pauses=(0.03, 0.25))
-    assert np.median(sent["b"]) < 3 <= np.median(sent["a"][:-1])
+    rule = ["outer.rule=delayed", "outer.learning_rate=0.7", "outer.momentum=0.5", "outer.every=2"]
+    (a, b), desk = run_pair(data, tmp_path, *rule, pauses=(0.1, 0.5))
+    assert np.median(sent["b"]) < 2 <= np.median(sent["a"][:-1])
     assert desk.ledger.position.steps == sum(len(run.losses) for run in (a, b))
     assert np.isfinite(a.losses + b.losses).all()
 

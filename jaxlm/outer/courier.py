@@ -150,11 +150,14 @@ def read_merge(process: Process, about: About, position: Position) -> Merge | No
         body = records.unseal(process.identity, name, data, records.MERGER)
         if (body["number"], body["previous"]) != (position.number, position.chain):
             raise Damaged(f"{name}: continues other merges than those before it here")
-        update, size = merging.read_update(process.store, about, name, body)
+        update, size = {}, len(data)
+        for _, array, values, read in merging.read_update(process.store, about, name, body):
+            update[array.name] = values
+            size += read
     except Damaged as error:
         raise Gone(position.number, str(error)) from None
     after = books.advance(position, process.identity, body)
-    return Merge(body, after, update, size + len(data))
+    return Merge(body, after, update, size)
 
 
 def _read(process: Process, name: str) -> bytes | None:

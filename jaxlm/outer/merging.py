@@ -31,7 +31,7 @@ from jaxlm.outer.records import Body, Damaged
 from jaxlm.outer.store import Store
 
 logger = logging.getLogger("jaxlm")
-CHUNK = 1 << 24  # elements of contributions that are in memory at a time
+CHUNK = 1 << 22  # elements of contributions that are in memory at a time
 NEXT = ".next"  # ends the name of a file that replaces another once a merge counts
 
 
@@ -96,7 +96,7 @@ def make_merge(
             ]
         if any(not each["refused"] for each in body["islands"]):
             body |= _cadence(ledger, body["islands"], present)
-            coded = _updates(ledger, body, [each.folder for each in entries], None)
+            coded = _updates(ledger, body, [each.folder for each in entries])
             body["payloads"] = [
                 records.put_payload(ledger.store, name, data) for data in parts.packed(name, coded)
             ]
@@ -151,51 +151,52 @@ def follow(ledger: Ledger) -> bool:
         raise Damaged(f"{name}: continues other merges than those before it here")
     _discard(ledger)
     if body["payloads"]:
-        update, _ = read_update(ledger.store, ledger.about, name, body)
+        for place, _, update, _ in read_update(ledger.store, ledger.about, name, body):
+            np.save(books.file_of(ledger, "update", place), update)
         try:
             folders = [books.take_again(ledger, each).folder for each in body["islands"]]
         except Damaged as error:
             logger.warning("warning: %s; what the rule remembers goes on without it", error)
-            _subtract(ledger, body["fragment"], update)
+            _subtract(ledger, body["fragment"])
         else:
             with parts.on_cpu():
-                for _ in _updates(ledger, body, folders, update):
+                for _ in _updates(ledger, body, folders, recorded=True):
                     pass
     _commit(ledger, body)
     return True
 
 
-def _subtract(ledger: Ledger, fragment: int, update: dict[str, np.ndarray]) -> None:
-    for place, array, index, _ in facts.pieces(ledger.about, fragment):
+def _subtract(ledger: Ledger, fragment: int) -> None:
+    for place, _, index, _ in facts.pieces(ledger.about, fragment):
         base = books.read_array(ledger, "base", place)
-        base[index] -= update[array.name]
+        base[index] -= np.load(books.file_of(ledger, "update", place))
         _write_next(ledger, "base", place, base)
 
 
 def read_update(
     store: Store, about: About, name: str, body: Body
-) -> tuple[dict[str, np.ndarray], int]:
-    """What a merge subtracts from the parameters, by array: rows of its fragment; bytes read.
+) -> Iterator[tuple[int, Array, np.ndarray, int]]:
+    """What a merge subtracts: (place in about.arrays, array, its rows of the fragment, bytes read).
 
-    Raises Damaged where a payload is not sound or an array is absent.
+    Raises Damaged where a payload is not sound; at the end, where an array is absent.
     """
-    found = facts.pieces(about, body["fragment"])
-    pieces = {array.name: (array, shape) for _, array, _, shape in found}
-    shapes = tuple((each, shape) for each, (_, shape) in pieces.items())
-    update, size = {}, 0
+    found = list(facts.pieces(about, body["fragment"]))
+    pieces = {array.name: (place, array, shape) for place, array, _, shape in found}
+    shapes = tuple((each, shape) for each, (_, _, shape) in pieces.items())
+    seen = set()
     for sha256 in body["payloads"]:
         arrays = records.read_payload(store, name, sha256)
-        size += sum(array.nbytes for array in arrays.values())
         for key, fields in parts.grouped(arrays).items():
             each, index = parts.checked_part(key, shapes)
-            array, shape = pieces[each]
+            place, array, shape = pieces[each]
             if parts.box_shape(index) != shape:
                 raise Damaged(f"{name}: an update of a part of {each}")
             form = books.form_of(array, books.wires(about)[1])
-            update[each] = parts.decode(fields, shape, form)
-    if body["payloads"] and update.keys() != pieces.keys():
-        raise Damaged(f"{name}: an update of {len(update)} of {len(pieces)} arrays")
-    return update, size
+            size = sum(field.nbytes for field in fields.values())
+            seen.add(each)
+            yield place, array, parts.decode(fields, shape, form), size
+    if body["payloads"] and seen != pieces.keys():
+        raise Damaged(f"{name}: an update of {len(seen)} of {len(pieces)} arrays")
 
 
 def _verdict(islands: list[Body]) -> Verdict:
@@ -206,11 +207,11 @@ def _verdict(islands: list[Body]) -> Verdict:
 
 
 def _updates(
-    ledger: Ledger, body: Body, folders: Sequence[Path], recorded: dict[str, np.ndarray] | None
+    ledger: Ledger, body: Body, folders: Sequence[Path], recorded: bool = False
 ) -> Iterator[tuple[parts.Part, dict[str, np.ndarray]]]:
     """Compute the update of each array, write its new files, and give what travels.
 
-    `recorded`: the update that islands received, where the merge was made before. On another kind
+    `recorded`: the merge was made before, and what islands received is in files. On another kind
     of processor ours may differ in the last bit; theirs is what counts.
     """
     verdict = _verdict(body["islands"])
@@ -220,11 +221,11 @@ def _updates(
         form = books.form_of(array, books.wires(ledger.about)[1])
         error = None if form == "float32" else books.read_array(ledger, "error", place)
         before = None if error is None else error[index]
-        if recorded is None:
+        if not recorded:
             payload, arrives, after = parts.send(update, before, form)
             yield parts.whole(array.name, shape), payload
         else:
-            arrives = recorded[array.name]
+            arrives = np.load(books.file_of(ledger, "update", place))
             after = None if before is None else update + before - arrives
         if error is not None:
             error[index] = after
@@ -265,10 +266,13 @@ def _commit(ledger: Ledger, body: Body) -> None:
     """The merge counts: its files replace those before it."""
     for file in ledger.folder.glob(f"*{NEXT}"):
         os.replace(file, str(file).removesuffix(NEXT))
+    for file in ledger.folder.glob("update.*"):
+        file.unlink()
     ledger.position = books.advance(ledger.position, ledger.identity, body)
     books.forget_inputs(ledger, body)
 
 
 def _discard(ledger: Ledger) -> None:
+    """Nothing of a merge that was not made stays."""
     for file in ledger.folder.glob(f"*{NEXT}"):
         file.unlink()
