@@ -218,7 +218,11 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.nightly] * (case in ("Nesterov", "fragments")))
+     for case in CASES],
+)  # fmt: skip
 def test_islands_are_trained_alone_and_merged(data, case):
     islands = config(data, *ISLANDS, "outer.defend=none", *CASES[case])
     losses, params, _ = train(islands, 4)
@@ -338,6 +342,26 @@ def test_a_refused_island_starts_again_from_the_merged_model(data, bad):
         assert np.isfinite(own).all()
         error = np.asarray(memory["error"][name]).reshape(4, 2, -1)  # islands, devices, elements
         assert not error[2].any() and all(error[k].any() for k in (0, 1, 3))
+
+
+def test_a_refused_island_is_named_in_the_log(data, caplog):
+    """Nobody waits for it: two steps later, when the merge is done."""
+    islands = config(data, *ISLANDS, "outer.defend=none", *CASES["average"])
+    program = program_of(islands, 4)
+    meeting = outer.meet(islands, program)
+    with jax.set_mesh(program.mesh):
+        whole = create_state(islands, program.layout, program.optimizer, program.mesh)
+        state, batches, said = meeting.begin(whole), stream(islands, program), []
+        lost = lambda x: jax.device_put(np.full(x.shape, np.nan, x.dtype), x.sharding)
+        params = jax.tree.map(lost, state.islands[1].params)
+        broken = dataclasses.replace(state.islands[1], params=params)
+        state = state._replace(islands=state.islands | {1: broken})
+        for _ in range(5):
+            state, values = meeting.step(state, next(batches))
+            said.append("step 3: island 1 is refused: it is not finite" in caplog.text)
+    assert said == [False, False, False, False, True]
+    assert caplog.text.count("refused") == 1
+    assert np.isfinite(meeting.read(values)["loss"])
 
 
 def test_a_program_is_compiled_once_for_all_islands():

@@ -49,10 +49,11 @@ class Parted(NamedTuple):
 
     step: int
     islands: dict[int, State]  # those that have devices of this process
-    weights: dict[int, list]  # of the last outer.every steps of each, scalars on its devices
+    weights: dict[int, list]  # of the loss in the last outer.every steps, numbers on its devices
     shared: dict[str, Arrays]  # params: merged ones; fixed: those that the forward changes, merged
     memory: Memory  # of the rule and of the wire
     pending: dict[int, tuple]  # fragment -> (its update, why refused [K])
+    verdicts: tuple = ()  # (step, why refused [K]) of merges that are not in the log yet
 
 
 def meet(config: cfg.Config, whole: Program) -> Meeting:
@@ -80,12 +81,11 @@ def meet(config: cfg.Config, whole: Program) -> Meeting:
             k: run(state.islands[k], rows[k]) for k, run in zip(fleet.own, compiled, strict=True)
         }
         values = {k: each[1] for k, each in made.items()}
-        weights = {k: [*state.weights[k], values[k]["weight"]] for k in fleet.own}
         state = state._replace(
             step=state.step + 1, islands={k: each[0] for k, each in made.items()},
-            weights={k: each[-config.outer.every :] for k, each in weights.items()},
+            weights={k: [*state.weights[k][1:], values[k]["weight"]] for k in fleet.own},
         )  # fmt: skip
-        return merge_due(fleet, programs, state), values
+        return log_refusals(merge_due(fleet, programs, state), config.steps), values
 
     return Meeting(
         begin, functools.partial(restore, fleet, programs), step, functools.partial(read, fleet),
@@ -103,7 +103,9 @@ def part(fleet: Fleet, state: State, step: int) -> Parted:
     with jax.set_mesh(fleet.whole.mesh):  # a copy: the islands' steps donate their arrays
         shared = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(shared)
     islands = split(fleet, state, fleet.abstract)
-    return Parted(step, islands, {k: [] for k in fleet.own}, shared, new_memory(fleet), {})
+    none = np.zeros(fleet.config.outer.every, np.float32)
+    weights = {k: [on_island(fleet, k, x) for x in none] for k in fleet.own}
+    return Parted(step, islands, weights, shared, new_memory(fleet), {})
 
 
 def merge_due(fleet: Fleet, programs: Programs, state: Parted) -> Parted:
@@ -118,12 +120,14 @@ def merge_due(fleet: Fleet, programs: Programs, state: Parted) -> Parted:
     turn = due(outer, state.step)
     for fragment in range(outer.fragments) if last else [] if turn is None else [turn]:
         thetas = join(fleet, {k: island.params for k, island in state.islands.items()})
+        tokens_K = of_weights(fleet, state, _total)  # trained on in the last outer.every steps
         with jax.set_mesh(fleet.whole.mesh):
             update, memory, verdict = programs.exchange(
-                thetas, state.shared["params"], state.memory, fragment, tokens(fleet, state)
+                thetas, state.shared["params"], state.memory, fragment, tokens_K
             )
         pending = state.pending | {fragment: (update, verdict.refused)}
-        state = state._replace(memory=memory, pending=pending)
+        verdicts = (*state.verdicts, (state.step, verdict.refused))
+        state = state._replace(memory=memory, pending=pending, verdicts=verdicts)
         if last or not outer.overlap:
             state = take(fleet, programs, state, fragment)
     return state
@@ -131,12 +135,6 @@ def merge_due(fleet: Fleet, programs: Programs, state: Parted) -> Parted:
 
 def take(fleet: Fleet, programs: Programs, state: Parted, fragment: int) -> Parted:
     """Take the update of a fragment in."""
-    if jax.process_index() == 0:
-        for k, why in enumerate(np.asarray(state.pending[fragment][1])):
-            if why:
-                logger.warning(
-                    "step %d: island %d is refused: %s", state.step, k, merge.REASONS[why]
-                )
     thetas = join(fleet, {k: island.params for k, island in state.islands.items()})
     fixed = join(fleet, {k: _changed(fleet, island) for k, island in state.islands.items()})
     with jax.set_mesh(fleet.whole.mesh):
@@ -154,10 +152,37 @@ def take(fleet: Fleet, programs: Programs, state: Parted, fragment: int) -> Part
     return state._replace(islands=islands, shared=shared, pending=pending)
 
 
-def tokens(fleet: Fleet, state: Parted) -> jax.Array:
-    """[K]: the loss weight that each island trained on in its last outer.every steps."""
-    totals = {k: sum(float(weight) for weight in state.weights[k]) for k in fleet.own}
-    return join(fleet, {k: on_island(fleet, k, total) for k, total in totals.items()})
+def log_refusals(state: Parted, steps: int) -> Parted:
+    """Name in the log whom the merges of two steps ago refused; at the end, all of them.
+
+    Two steps later, as the loop is one step ahead of the devices: nobody waits for the answer.
+    """
+    late = state.step if state.step == steps else state.step - 2
+    for step, refused_K in state.verdicts:
+        if step <= late and jax.process_index() == 0:
+            for k, why in enumerate(np.asarray(refused_K)):
+                if why:
+                    logger.warning("step %d: island %d is refused: %s", step, k, merge.REASONS[why])
+    return state._replace(verdicts=tuple(each for each in state.verdicts if each[0] > late))
+
+
+@jax.jit
+def _stack(numbers: list[jax.Array]) -> jax.Array:
+    return jnp.stack(numbers)
+
+
+@jax.jit
+def _total(numbers: list[jax.Array]) -> jax.Array:
+    return jnp.sum(jnp.stack(numbers), keepdims=True)
+
+
+def of_weights(fleet: Fleet, state: Parted, function) -> jax.Array:
+    """A function [outer.every] -> [n] of the loss weights of each island, as one array [K n]."""
+    made = {}
+    for k in fleet.own:
+        with jax.set_mesh(fleet.meshes[k]):
+            made[k] = function(state.weights[k])
+    return join(fleet, made)
 
 
 def merged(fleet: Fleet, state: Whole | Parted) -> State:
@@ -196,9 +221,6 @@ def saved(fleet: Fleet, programs: Programs, state: Whole | Parted) -> tuple[Stat
     opt = join(fleet, {k: island.opt for k, island in state.islands.items()})
     mine = {k: (i.params, _changed(fleet, i)) for k, i in state.islands.items()}
     params, fixed = join(fleet, mine)
-    weights = {k: np.zeros(fleet.config.outer.every, np.float32) for k in fleet.own}
-    for k, row in weights.items():
-        row[: len(state.weights[k])] = [float(weight) for weight in state.weights[k]]
     refused = np.zeros((fleet.config.outer.fragments, fleet.count), np.int32)
     with jax.set_mesh(fleet.whole.mesh):
         groups = programs.save_memory(state.memory) | {"island": params, "fixed": fixed}
@@ -208,8 +230,8 @@ def saved(fleet: Fleet, programs: Programs, state: Whole | Parted) -> tuple[Stat
                 held = programs.hold(held, update, fragment)
                 refused[fragment] = np.asarray(why_K)
             groups |= {"pending": held}
-    rows = join(fleet, {k: on_island(fleet, k, row) for k, row in weights.items()})
-    flat = _flat(groups) | {"weights": rows, "refused": _everyone(fleet, refused)}
+    weights = of_weights(fleet, state, _stack)
+    flat = _flat(groups) | {"weights": weights, "refused": _everyone(fleet, refused)}
     return dataclasses.replace(merged(fleet, state), opt=opt), flat
 
 
@@ -243,9 +265,8 @@ def restore(fleet: Fleet, programs: Programs, directory: Any, step: int) -> Whol
         held = {f: programs.release(group("pending"), f) for f in waiting}
     pending = {f: (update, arrays["refused"][f]) for f, update in held.items()}
     islands = _islands(fleet, step, group("island"), group("fixed"), state)
-    count = min(outer.every, step - outer.start_step)
-    rows = {k: np.asarray(x) for k, x in split(fleet, arrays["weights"], row).items()}
-    weights = {k: [np.float32(x) for x in rows[k][:count]] for k in fleet.own}
+    rows = split(fleet, arrays["weights"], row)
+    weights = {k: [on_island(fleet, k, x) for x in np.asarray(rows[k])] for k in fleet.own}
     shared = {"params": state.params, "fixed": {n: state.fixed[n] for n in fleet.changed}}
     return Parted(step, islands, weights, shared, memory, pending)
 
