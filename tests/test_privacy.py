@@ -10,6 +10,7 @@ import optax
 import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
+from jax_privacy import clipping
 
 from jaxlm import ghost, verify
 from jaxlm.keys import UserError
@@ -143,7 +144,6 @@ def test_norms_and_clipped_sums_are_those_of_rows_one_by_one(name):
 
 def test_clipped_sums_are_those_of_jax_privacy():
     """On fsdp x tensor in float32, against the clipping of another library on one device."""
-    jax_privacy = pytest.importorskip("jax_privacy.clipping")
     mesh, family, overrides = CASES["tied, GQA, chunks, fsdp x tensor"]
     config = make_config(mesh, family, overrides)
     values, _ = rows_one_by_one(family, *overrides)
@@ -155,7 +155,7 @@ def test_clipped_sums_are_those_of_jax_privacy():
         names = batch_shardings(one, layout, plain)
         params = {n: jnp.asarray(x, jnp.float32) for n, x in values.items()}
         loss = lambda params, row: row_loss(one, structure, layout, params, {}, row)
-        sums = jax_privacy.clipped_grad(loss, l2_clip_norm=config.privacy.clip_norm)
+        sums = clipping.clipped_grad(loss, l2_clip_norm=config.privacy.clip_norm)
         expected = jax.device_get(jax.jit(sums)(params, {n: jnp.asarray(batch[n]) for n in names}))
     assert far(on_mesh(config, values, "float32"), expected) < 1e-5
 

@@ -6,11 +6,13 @@ import json
 import math
 import stat
 
+import dp_accounting
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from dp_accounting.pld import privacy_loss_distribution as losses_of
 from scipy import stats
 
 from jaxlm import data, verify
@@ -46,7 +48,6 @@ def test_epsilon_is_that_of_published_accountants(noise, steps, rate, delta, by_
 
 def test_renyi_accounting_is_above():
     """By dp-accounting's other accountant, as it is today."""
-    dp_accounting = pytest.importorskip("dp_accounting")
     noise, steps, rate, delta, _, by_renyi = REFERENCES[0]
     sampled = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
     found = dp_accounting.rdp.RdpAccountant().compose(sampled, steps).get_epsilon(delta)
@@ -55,10 +56,9 @@ def test_renyi_accounting_is_above():
 
 def test_cuts_are_paid_for():
     """epsilon is where delta, with what cuts add, is the given one (docs/privacy.md)."""
-    losses = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
     noise, steps, rate, delta, cut = 1.0, 100, 0.02, 1e-5, 1e-8
     found = accounting.make_accountant(noise, rate, delta, cut)(steps)
-    composed = losses.from_gaussian_mechanism(noise, sampling_prob=rate).self_compose(steps)
+    composed = losses_of.from_gaussian_mechanism(noise, sampling_prob=rate).self_compose(steps)
     total = composed.get_delta_for_epsilon(found) + (1 + math.exp(found)) * steps * cut
     assert total == pytest.approx(delta, rel=1e-3)
     assert found > accounting.make_accountant(noise, rate, delta, 0.0)(steps) + 0.01

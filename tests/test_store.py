@@ -14,6 +14,7 @@ import meeting_place as place
 import numpy as np
 import pytest
 import tiny
+from moto.server import ThreadedMotoServer
 
 from jaxlm.outer import about as facts
 from jaxlm.outer import claims, courier, parts, presence, records, serve
@@ -25,9 +26,8 @@ from jaxlm.outer.store import Store, open_store, patient
 @pytest.fixture(scope="module")
 def s3():
     """The URL of a bucket on a server of this process."""
-    server_module = pytest.importorskip("moto.server")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     names = dict(

@@ -230,25 +230,22 @@ def catch_up(island: Island, theta: Boxes, earlier: bool = False) -> Boxes:
     """
     merges: list[Merge] = []
     gone: Gone | None = None
-    if leads():
+
+    def read(until: int | None, patience: float) -> None:
+        nonlocal gone
+        found = courier.read_merges(
+            island.process, island.about, island.position, until, island.stop, patience
+        )
         try:
-            merges = list(
-                courier.read_merges(
-                    island.process, island.about, island.position, None, island.stop, 0.0
-                )
-            )
+            merges.extend(found)
         except Gone as error:
             gone = error
+
+    if leads():
+        read(None, 0.0)
     until = agree(merges[-1].position.number if merges else island.position.number)
     if not leads():
-        try:
-            merges = list(
-                courier.read_merges(
-                    island.process, island.about, island.position, until, island.stop, 0.5
-                )
-            )
-        except Gone as error:
-            gone = error
+        read(until, 0.5)
     gone = agree_on_gone(gone if gone is not None else merges)
     if gone is not None:
         return rejoin(island, theta, gone, keep=True)

@@ -51,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run_serve(args: Any) -> None:
+    """Merge on the CPU, and say so in the log; an accelerator is left to the islands."""
     import jax
 
     from jaxlm.outer import serve
@@ -62,6 +63,7 @@ def run_serve(args: Any) -> None:
 
 
 def run_status(args: Any) -> None:
+    """Print the islands of a store, as a table or as JSON."""
     from jaxlm.outer import status
 
     found = status.read_status(args.store, args.keys)
