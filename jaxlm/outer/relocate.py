@@ -1,12 +1,14 @@
-"""One compilation for several sets of devices of the same shape.
+"""One compilation for several sets of CPU devices of the same shape.
 
 XLA compiles for named devices, and jax compiles anew for each island. Here a program is compiled
 for the first island; for the others the runtime loads the machine code again with their devices'
 names, and jax's description of the program (a dataclass without a public name) is copied with their
-shardings. Nothing is pickled.
+shardings. Nothing is pickled. jax's cache of compiled programs is not asked: a program for CPUs
+that was loaded once cannot be loaded again.
 
-jax's cache of compiled programs is not asked: a program for CPUs that was loaded once cannot be
-loaded again. On GPUs it leaves the names out by itself, and is used in place of all this.
+On other platforms jax compiles for each island. On GPUs its cache leaves the names of devices out,
+so that only the first one is compiled; on TPUs it is not tried here whether machine code can move.
+A process of a pod has devices of one island as a rule, and compiles once.
 """
 
 from __future__ import annotations
@@ -39,17 +41,13 @@ def compile_for(step: jax.stages.Wrapped, meshes: list, arguments: list[tuple]) 
                 made.append(step.lower(*arguments[k]).compile())
         return made
 
-    cached = (
-        meshes[0].devices.flat[0].platform == "gpu"
-        and jax.config.values["jax_compilation_cache_dir"]
-    )
-    if len(meshes) == 1 or cached:
+    if len(meshes) == 1 or meshes[0].devices.flat[0].platform != "cpu":
         return compile_all(range(len(meshes)))
     with _uncached():
         first = compile_all(range(1))
     try:
         return first + [_load(first[0], mesh) for mesh in meshes[1:]]
-    except (AttributeError, TypeError, NotImplementedError, ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError) as error:  # another jax has other names for what is private
         logger.info(
             "each island's step is compiled on its own, as the runtime cannot move it: %s",
             " ".join(str(error).split())[:200],
