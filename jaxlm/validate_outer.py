@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxlm.config import Config, UserError
 from jaxlm.keys_outer import WIRES, Outer
@@ -11,6 +11,7 @@ from jaxlm.nearest import or_list
 
 ISLAND = "replica"
 ISLAND_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+KEY_DIGITS = 64  # hexadecimal digits of a public key
 ROUNDS = 50  # below it, momentum 0.9 hurt and averaging did better (docs/slow-links.md)
 
 
@@ -48,6 +49,23 @@ def check_outer(config: Config, sizes: dict[str, int]) -> None:
             "would never part; use a smaller one, or outer.every=0"
         )
     _check_tables(config)
+
+
+def parse_keys(texts: Sequence[str], key: str = "outer.keys") -> tuple[tuple[str, str], ...]:
+    """NAME:PUBLIC_KEY texts as pairs; UserError where one is neither."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, public = text.partition(":")
+        hexadecimal = re.fullmatch(rf"[0-9a-fA-F]{{{KEY_DIGITS}}}", public)
+        if not re.fullmatch(ISLAND_NAME, name) or not hexadecimal:
+            raise UserError(
+                f"{key}: {text!r} must be NAME:PUBLIC_KEY with {KEY_DIGITS} hexadecimal digits, as "
+                "the log of an island shows at its first start"
+            )
+        if name in found:
+            raise UserError(f"{key}: {name} is named twice; an island has one key")
+        found[name] = public.lower()
+    return tuple(found.items())
 
 
 def _defaults(names: str) -> tuple:
@@ -95,6 +113,7 @@ def _check_store(o: Outer, sizes: dict[str, int]) -> None:
             f"outer.island={o.island!r} must be a name of letters, digits, _, - and . but not "
             "merger, another one for each job that meets in outer.store, as in outer.island=paris"
         )
+    parse_keys(o.keys)
     if o.overlap >= max(1, o.every // o.fragments):
         raise UserError(
             f"outer.overlap={o.overlap} with outer.every={o.every} and outer.fragments="

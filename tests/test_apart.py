@@ -428,6 +428,7 @@ def test_mistakes_name_their_key(data, tmp_path):
         (["outer.island=a/b"], "outer.island='a/b'"),
         (["outer.overlap=3"], "outer.overlap=3"),
         (["mesh.replica=2"], "mesh.replica=2 with outer.store"),
+        (["outer.keys=[a]"], "outer.keys: 'a' must be NAME:PUBLIC_KEY"),
     ):
         own = config(data, tmp_path, "a", *overrides)
         assert words in tiny.message(validate, own)

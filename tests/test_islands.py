@@ -290,6 +290,8 @@ def test_two_processes_of_an_island_each_are_one_process_of_both(data, tmp_path,
     for process in processes:
         tiny.finish(process)
     assert list(tiny.losses(tmp_path).values()) == pytest.approx(losses, rel=1e-6)
+    plans = [r["plan/target"] for r in tiny.records(tmp_path) if "plan/target" in r]
+    assert plans == ["cpu:2"]  # an island's devices
     where = {n: x.sharding for n, x in state.shared["params"].items()}
     like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[n]) for n, x in params.items()}
     with jax.set_mesh(jax.tree.leaves(where)[0].mesh):

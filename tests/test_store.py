@@ -21,6 +21,7 @@ from jaxlm.outer import claims, courier, parts, presence, records, serve
 from jaxlm.outer.presence import Process, Watch
 from jaxlm.outer.records import Damaged, Identity
 from jaxlm.outer.store import Store, open_store, patient
+from jaxlm.validate_outer import parse_keys
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +214,9 @@ def test_signatures(tmp_path):
 
 def test_mistakes_with_keys(tmp_path):
     public = records.load_private_key(tmp_path / "key", "--key")[1]
-    assert "NAME:PUBLIC_KEY" in tiny.message(records.parse_keys, ["a"])
-    assert "NAME:PUBLIC_KEY" in tiny.message(records.parse_keys, [f"a/b:{public}"])
-    assert "named twice" in tiny.message(records.parse_keys, [f"a:{public}", f"a:{public}"])
+    assert "NAME:PUBLIC_KEY" in tiny.message(parse_keys, ["a"])
+    assert "NAME:PUBLIC_KEY" in tiny.message(parse_keys, [f"a/b:{public}"])
+    assert "named twice" in tiny.message(parse_keys, [f"a:{public}", f"a:{public}"])
     other = Identity("b", "", None, (("a", public),))
     assert f"b:{public}: list that" in tiny.message(
         records.check_own_key, other, public, tmp_path / "key"

@@ -34,6 +34,7 @@ from jaxlm.outer.serve import TRAINING
 from jaxlm.outer.store import open_store, patient
 from jaxlm.program import Program
 from jaxlm.state import Arrays, State, abstract_state
+from jaxlm.validate_outer import parse_keys
 
 logger = logging.getLogger("jaxlm")
 KEY_FILE = "island.key"  # in the run's directory
@@ -139,7 +140,7 @@ def open_island(post: Post, state: State, blocks: list[int]) -> Island:
 
 def _identity(config: cfg.Config) -> Identity:
     outer = config.outer
-    keys = records.parse_keys(outer.keys)
+    keys = parse_keys(outer.keys)
     if not keys or not island.leads():  # process 0 signs for all
         return Identity(outer.island, "", None, keys)
     file = cfg.run_dir(config) / KEY_FILE

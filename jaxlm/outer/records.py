@@ -15,7 +15,6 @@ import math
 import os
 import re
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ DIGITS = 12  # of the numbers in names, so that names sort as numbers do
 LARGEST_RECORD = 16 << 20  # bytes; a larger one is not parsed
 BFLOAT16 = ":bfloat16"  # ends the name of an array that safetensors holds as its 16 bits
 NAME = re.compile(ISLAND_NAME)  # of an island
-KEY_DIGITS = 64  # hexadecimal digits of a public key
 
 
 class Damaged(Exception):
@@ -73,23 +71,6 @@ class Identity:
     store: str  # hash of the store's about.json; empty: none is known yet
     private: Any = None  # Ed25519PrivateKey; None: nothing is signed
     keys: tuple[tuple[str, str], ...] = ()  # name -> public key, hexadecimal; none: not checked
-
-
-def parse_keys(texts: Sequence[str], key: str = "outer.keys") -> tuple[tuple[str, str], ...]:
-    """NAME:PUBLIC_KEY texts as pairs; UserError where one is neither."""
-    found: dict[str, str] = {}
-    for text in texts:
-        name, _, public = text.partition(":")
-        hexadecimal = re.fullmatch(rf"[0-9a-fA-F]{{{KEY_DIGITS}}}", public)
-        if not NAME.fullmatch(name) or not hexadecimal:
-            raise UserError(
-                f"{key}: {text!r} must be NAME:PUBLIC_KEY with {KEY_DIGITS} hexadecimal digits, as "
-                "the log of an island shows at its first start"
-            )
-        if name in found:
-            raise UserError(f"{key}: {name} is named twice; an island has one key")
-        found[name] = public.lower()
-    return tuple(found.items())
 
 
 def load_private_key(file: Path, key: str) -> tuple[Any, str, bool]:

@@ -24,6 +24,7 @@ from jaxlm.outer.ledger import Entry, Ledger
 from jaxlm.outer.presence import Process, Watch
 from jaxlm.outer.records import Body, Damaged, Identity
 from jaxlm.outer.store import Store, open_store, patient
+from jaxlm.validate_outer import parse_keys
 
 logger = logging.getLogger("jaxlm")
 LEASE = "merger"
@@ -65,7 +66,7 @@ def serve(place: str, key_file: str = "", keys: Sequence[str] = ()) -> None:
 
 def make_identity(key_file: str, keys: Sequence[str]) -> Identity:
     """The merger's identity; UserError where a key lacks its counterpart."""
-    parsed = records.parse_keys(keys, "--keys")
+    parsed = parse_keys(keys, "--keys")
     if bool(key_file) != bool(parsed):
         given, other = ("--key", "--keys") if key_file else ("--keys", "--key")
         raise UserError(f"{given} without {other}: who signs must also know whom to believe")

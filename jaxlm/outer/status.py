@@ -13,6 +13,7 @@ from jaxlm.outer.about import About
 from jaxlm.outer.presence import Watch
 from jaxlm.outer.records import MERGER, Body, Damaged, Identity
 from jaxlm.outer.store import Store, open_store
+from jaxlm.validate_outer import parse_keys
 
 COLUMNS = {
     "island": "", "state": "", "step": "d", "round": "d", "behind": "d", "staleness": "d",
@@ -27,7 +28,7 @@ def read_status(place: str, keys: Sequence[str] = (), watch_seconds: float | Non
     Raises UserError where the store cannot be used.
     """
     store = open_store(place, "STORE", make=False)
-    identity = Identity("status", "", None, records.parse_keys(keys, "--keys"))
+    identity = Identity("status", "", None, parse_keys(keys, "--keys"))
     _, about, identity = facts.read(store, identity)
     patience = presence.patience(about.outer.grace)
     watched = patience / presence.BEATS * 2 if watch_seconds is None else watch_seconds

@@ -18,6 +18,7 @@ from jaxlm import config as cfg
 from jaxlm.hardware.target import AbsentDevice, Target, local_target, parse_target
 from jaxlm.models import experts
 from jaxlm.optim import make_optimizer
+from jaxlm.outer.fleet import island_config
 from jaxlm.plan import cache, roofline, traced
 from jaxlm.plan.cost import Cost
 from jaxlm.program import Program, make_program, trace_train_step
@@ -116,6 +117,10 @@ def find_target(config: cfg.Config) -> Target:
 
 
 def predict(config: cfg.Config, program: Program) -> tuple[Target, Estimate]:
-    """What `train` may expect of the devices it has."""
-    target = local_target(list(program.mesh.devices.flat))
+    """What `train` may expect of the devices it has; where they are islands, of one's."""
+    mesh = program.mesh
+    if config.outer.every and not config.outer.store:
+        target = local_target(list(mesh.devices[0].flat))  # replica is the first mesh axis
+        return target, of_config(island_config(config, dict(mesh.shape)), target)
+    target = local_target(list(mesh.devices.flat))
     return target, of_program(config, program, target)
