@@ -5,7 +5,9 @@
 
 Runs each variant with seeds 0, 1 and 2 where FILE.jsonl has no line of it yet, so that it can be
 stopped and started again. Islands are 4 simulated devices. "one island" is a run of a quarter of
-the batch: what an island has without the others.
+the batch: what an island has without the others. Those of "jobs" variants are processes that meet
+in a directory; the first one trains the first steps alone, on its quarter of the batch, and all
+make a few steps more, so that tokens are equal.
 """
 
 import json
@@ -39,6 +41,12 @@ VARIANTS = {
         "outer.mix=0.5",
     ],
 }  # fmt: skip
+# One local step without momentum is asynchronous gradient descent.
+JOBS = {
+    "jobs: delayed": ["outer.every=20", "outer.momentum=0.5"],
+    "jobs: asynchronous, one step": ["outer.every=1", "outer.momentum=0"],
+}
+DELAYED = ["mesh.data=1", "outer.rule=delayed", "outer.learning_rate=1", "outer.adapt=false", START]
 # Runs jaxlm with errors of lossy formats forgotten: what feedback is worth.
 FORGETFUL = """
 import sys
@@ -55,20 +63,57 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def loss_of(config: str, variant: str, seed: int, overrides: list[str]) -> float:
     """Train a variant with one seed; the last held-out loss."""
-    own = [*overrides, *VARIANTS[variant], f"seed={seed}", "sample.every=0", "checkpoint.every=0"]
-    if variant == "one island":
-        shown = subprocess.run(
-            [sys.executable, "-m", "jaxlm", "config", "show", config, *overrides],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-        line = next(x for x in shown.splitlines() if x.startswith("  sequences:"))
-        own.append(f"batch.sequences={int(line.split('#')[0].split(':')[1]) // K}")
-    start = ["-c", FORGETFUL] if variant.endswith("no feedback") else ["-m", "jaxlm"]
+    words = [config, *overrides, f"seed={seed}", "sample.every=0", "checkpoint.every=0"]
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, *start, "train", config, *own, f"run.dir={scratch}/run"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        records = map(json.loads, Path(scratch, "run", "metrics.jsonl").read_text().splitlines())
-        return [r["eval/loss"] for r in records if "eval/loss" in r][-1]
+        if variant in JOBS:
+            return loss_of_jobs(Path(scratch), words, JOBS[variant])
+        if variant == "one island":
+            words.append(f"batch.sequences={setting(words, 'sequences') // K}")
+        start = ["-c", FORGETFUL] if variant.endswith("no feedback") else ["-m", "jaxlm"]
+        command = [sys.executable, *start, "train", *words, *VARIANTS[variant]]
+        subprocess.run([*command, f"run.dir={scratch}/run"], check=True, stdout=subprocess.DEVNULL)
+        return last_loss(Path(scratch, "run"))
+
+
+def loss_of_jobs(scratch: Path, words: list[str], own: list[str]) -> float:
+    """Train K jobs with a merger; the held-out loss of the merged model, from who ended last."""
+    steps, first = setting(words, "steps"), setting([*words, START, "outer.every=1"], "start_step")
+    words = [*words, *DELAYED, *own, f"outer.store={scratch}/store"]
+    # The first `first` steps are one job's alone: K steps + (1 - K) first in all.
+    words += [f"batch.sequences={setting(words, 'sequences') // K}"]
+    words += [f"steps={steps + (K - 1) * first // K}"]
+    jaxlm = [sys.executable, "-m", "jaxlm"]
+    merger = subprocess.Popen([*jaxlm, "outer", "serve", f"{scratch}/store"])
+    try:
+        jobs = [
+            subprocess.Popen(
+                [*jaxlm, "train", *words, f"outer.island=i{k}", f"run.dir={scratch}/i{k}"],
+                stdout=subprocess.DEVNULL,
+            )
+            for k in range(K)
+        ]
+        if any([job.wait() for job in jobs]):
+            raise SystemExit(f"an island failed: {' '.join(words)}")
+    finally:
+        merger.kill()
+        merger.wait()
+    runs = [scratch / f"i{k}" for k in range(K)]
+    return last_loss(max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime))
+
+
+def setting(words: list[str], key: str) -> int:
+    """A whole number of the config, by the last part of its key."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "jaxlm", "config", "show", *words],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    line = next(x for x in shown.splitlines() if x.strip().startswith(f"{key}:"))
+    return int(line.split("#")[0].split(":")[1])
+
+
+def last_loss(run_dir: Path) -> float:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [r["eval/loss"] for r in records if "eval/loss" in r][-1]
 
 
 def read(file: Path) -> list[dict]:
@@ -77,7 +122,7 @@ def read(file: Path) -> list[dict]:
 
 def run(file: Path, config: str, words: list[str]) -> None:
     overrides = [word for word in words if "=" in word]
-    chosen = [word for word in words if "=" not in word] or list(VARIANTS)
+    chosen = [word for word in words if "=" not in word] or [*VARIANTS, *JOBS]
     for seed in (0, 1, 2):
         for variant in chosen:
             key = {"config": Path(config).stem, "variant": variant, "seed": seed,
