@@ -5,6 +5,9 @@ import dataclasses
 import itertools
 import json
 import logging
+import subprocess
+import sys
+import tempfile
 import threading
 import uuid
 
@@ -157,6 +160,25 @@ def test_delayed_counts_the_islands_that_are_there(tmp_path):
 
 
 # --- kills ---------------------------------------------------------------------------------------
+
+
+def test_what_killed_mergers_left_is_removed(tmp_path, monkeypatch):
+    """And what one that lives has is not."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    killed = """
+import os
+from jaxlm.outer import serve
+with serve._scratch() as folder:
+    (folder / "base.0.npy").touch()
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == -9
+    assert len(list(tmp_path.glob("*/base.0.npy"))) == 1
+    with serve._scratch() as living, serve._scratch() as other:
+        folders = {file for file in tmp_path.iterdir() if file.is_dir()}
+        assert folders == {living, other}
+    assert not list(tmp_path.iterdir())
 
 
 class Killed(BaseException):

@@ -7,9 +7,12 @@ still be made by one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import logging
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -28,6 +31,7 @@ from jaxlm.validate_outer import parse_keys
 
 logger = logging.getLogger("jaxlm")
 LEASE = "merger"
+SCRATCH = "jaxlm-merger-"
 TRAINING = "training"  # what an island's beat says from its first step on
 
 
@@ -51,17 +55,38 @@ def serve(place: str, key_file: str = "", keys: Sequence[str] = ()) -> None:
     about, identity = _wait_for_islands(store, identity, stop)
     process = Process(store, identity, presence.patience(about.outer.grace))
     watch = Watch()
-    with tempfile.TemporaryDirectory(prefix="jaxlm-merger-") as folder:
+    with _scratch() as folder:
         state: dict[str, int] = {"number": 0}
         end = presence.start_beats(process, lambda: dict(state))
         try:
             while True:
                 _hold(process, watch, stop)
-                for number in merges(process, about, Path(folder), watch, stop):
+                for number in merges(process, about, folder, watch, stop):
                     state["number"] = number
         finally:
             stop.set()
             end(True)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for the arrays; those of mergers that were killed, as large as a model, are removed.
+
+    A merger that lives holds a lock on a file beside its folder, which ends with it.
+    """
+    for file in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*.lock"):
+        with contextlib.suppress(OSError), file.open("a") as lock:  # OSError: it lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+            file.unlink()
+    with tempfile.NamedTemporaryFile(prefix=SCRATCH, suffix=".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = Path(lock.name).with_suffix("")
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_identity(key_file: str, keys: Sequence[str]) -> Identity:
