@@ -9,7 +9,9 @@ continued, or replaced while it is stopped. Afterwards:
 - replaying the store from its older snapshot gives the newer one, bit for bit;
 - no island has two contributions in one merge, or one contribution in two;
 - no block of the data is claimed twice, and no process ended with a traceback.
-Exit 0 if all of it holds.
+Exit 0 if all of it holds. With `--undisturbed N`, as many runs of as many merges follow in which
+nothing happens, with other seeds: the held-out loss of the merged model is to be within two of
+their standard deviations of their mean.
 """
 
 import os
@@ -21,6 +23,7 @@ import dataclasses
 import json
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -46,7 +49,7 @@ precision: {compute: float32}
 optimizer: {name: adamw, learning_rate: 1.0e-3, warmup_steps: 10}
 data: {path: DATA, prefetch: 1}
 checkpoint: {every: 40, keep: 2}
-eval: {every: 0, batches: 1}
+eval: {every: 0, batches: 64}
 sample: {every: 0}
 log: {every: 20}
 outer: {every: 20, rule: RULE, momentum: 0.5, start_step: 20, store: STORE, grace: 4, quorum: 2,
@@ -170,33 +173,51 @@ def check(out: Path) -> list[str]:
     return wrong
 
 
-def main() -> int:
-    """Run the events and the checks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--events", type=int, default=100)
-    parser.add_argument("--islands", type=int, default=3)
-    parser.add_argument("--pause", type=float, default=4.0, help="mean seconds between events")
-    parser.add_argument("--limit", type=float, default=600.0, help="longest wait for a merge, s")
-    parser.add_argument("--rule", default="diloco", choices=["diloco", "delayed"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="", help="directory to make; empty: a temporary one")
-    args = parser.parse_args()
-    out = Path(args.out or tempfile.mkdtemp(prefix="jaxlm-faults-"))
-    out.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
-    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    pages = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
-    prepare = ["data", "prepare", "--out", out / "data", "--tokenizer", "bytes", *pages]
-    subprocess.run([sys.executable, "-m", "jaxlm", *map(str, prepare)], check=True)
-    text = CONFIG.replace("DATA", str(out / "data")).replace("STORE", str(out / "store"))
-    (out / "config.yaml").write_text(text.replace("RULE", args.rule))
-    chance, jobs = random.Random(args.seed), jobs_of(out, args.islands)
-    store, begin, counts = open_store(str(out / "store")), time.monotonic(), {}
-    ended: list[str] = []
+def begin(out: Path, data: Path, args, seed: int) -> list[Job]:
+    """Start islands and mergers in a directory of their own."""
+    out.mkdir(parents=True)
+    text = CONFIG.replace("DATA", str(data)).replace("STORE", str(out / "store"))
+    (out / "config.yaml").write_text(text.replace("RULE", args.rule) + f"seed: {seed}\n")
+    jobs = jobs_of(out, args.islands)
+    for job in jobs:
+        job.start()
+    return jobs
+
+
+def end(jobs: list[Job]) -> None:
+    """Kill what runs."""
+    for job in jobs:
+        for process in [*job.replaced, job.process]:
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+                process.wait()
+
+
+def loss_of(out: Path) -> float:
+    """The held-out loss of the merged model in the newest checkpoint of island a."""
+    command = [sys.executable, "-m", "jaxlm", "eval", out / "a", "--json"]
+    done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)["loss"]
+
+
+def undisturbed(out: Path, data: Path, args, seed: int, merges: int) -> float:
+    """The loss of a run of so many merges in which nothing happens."""
+    jobs = begin(out / "run", data, args, seed)
+    store = open_store(str(out / "run" / "store"))
     try:
-        for job in jobs:
-            job.start()
+        wait_for(lambda: merges_of(store) >= merges, jobs, 3600.0, f"{merges} merges")
+    finally:
+        end(jobs)
+    return loss_of(out / "run")
+
+
+def disturbed(out: Path, data: Path, args) -> dict:
+    """A run with events, and what is found in it afterwards."""
+    begun, counts, ended = time.monotonic(), {}, []
+    chance, jobs = random.Random(args.seed), begin(out / "run", data, args, args.seed)
+    store = open_store(str(out / "run" / "store"))
+    try:
         ended += wait_for(lambda: merges_of(store) >= 2, jobs, args.limit, "the first merges")
         longest, last, number = 0.0, time.monotonic(), merges_of(store)
         while (event := sum(counts.values())) < args.events:
@@ -219,6 +240,7 @@ def main() -> int:
         # Without a hand: all islands are in a merge together again.
         target = merges_of(store) + 2
         islands = {job.name for job in jobs if len(job.name) == 1}
+        seen: set[str] = set()
 
         def together() -> bool:
             for each in range(target, merges_of(store)):
@@ -227,26 +249,54 @@ def main() -> int:
                 seen.update(entry["island"] for entry in body["islands"])
             return seen >= islands
 
-        seen: set[str] = set()
         ended += wait_for(together, jobs, args.limit, "a round of all islands")
         ended += wait_for(
             lambda: len(records.numbers(store, "snapshots")) > 1, jobs, args.limit, "two snapshots"
         )
     finally:
-        for job in jobs:
-            for process in [*job.replaced, job.process]:
-                if process is not None and process.poll() is None:
-                    process.send_signal(signal.SIGCONT)
-                    process.kill()
-                    process.wait()
+        end(jobs)
     codes = [p.returncode for job in jobs if len(job.name) == 1 for p in job.replaced]
-    wrong = check(out)
-    print(json.dumps({
+    return {
         "events": counts, "merges": merges_of(store), "longest_gap_seconds": round(longest, 1),
-        "seconds": round(time.monotonic() - begin), "ended_by_themselves": ended,
-        "replaced_ended_with": codes, "store_objects": len(store.list("")), "wrong": wrong,
-    }, indent=1))  # fmt: skip
-    return int(bool(wrong))
+        "seconds": round(time.monotonic() - begun), "ended_by_themselves": ended,
+        "replaced_ended_with": codes, "store_objects": len(store.list("")),
+        "wrong": check(out / "run"), "loss": loss_of(out / "run"),
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Run the events and the checks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--events", type=int, default=100)
+    parser.add_argument("--islands", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=4.0, help="mean seconds between events")
+    parser.add_argument("--limit", type=float, default=600.0, help="longest wait for a merge, s")
+    parser.add_argument("--rule", default="diloco", choices=["diloco", "delayed"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--undisturbed", type=int, default=0, help="runs to compare the loss with")
+    parser.add_argument("--out", default="", help="directory to make; empty: a temporary one")
+    args = parser.parse_args()
+    out = Path(args.out or tempfile.mkdtemp(prefix="jaxlm-faults-"))
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
+    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    pages = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+    prepare = ["data", "prepare", "--out", out / "data", "--tokenizer", "bytes", "--split-within",
+               "--validation-fraction", "0.1", *pages]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "jaxlm", *map(str, prepare)], check=True)
+    found = disturbed(out / "disturbed", out / "data", args)
+    print(json.dumps(found, indent=1), flush=True)
+    losses = []
+    for seed in range(1, args.undisturbed + 1):
+        folder = out / f"undisturbed{seed}"
+        losses.append(undisturbed(folder, out / "data", args, args.seed + seed, found["merges"]))
+        print(f"undisturbed, seed {args.seed + seed}: loss {losses[-1]:.4f}", flush=True)
+    if len(losses) < 2:
+        return int(bool(found["wrong"]))
+    away = abs(found["loss"] - statistics.mean(losses)) / statistics.stdev(losses)
+    print(f"the disturbed run's loss is {away:.2f} standard deviations away")
+    return int(bool(found["wrong"]) or away > 2)
 
 
 if __name__ == "__main__":
