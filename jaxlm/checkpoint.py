@@ -14,9 +14,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ from jaxlm.yaml_values import yaml_text
 FORMAT = 1  # of a checkpoint; a reader refuses a newer one
 ARRAYS, JSON = ("params", "fixed", "opt", "outer"), ("data", "config")
 PathLike = str | os.PathLike[str]
+T = TypeVar("T")
 
 # Orbax logs its progress, and every error that it also raises. After a read that failed, asyncio
 # complains that the event loop is closed.
@@ -135,6 +136,20 @@ def latest(directory: PathLike) -> int | None:
     return max(steps(directory), default=None)
 
 
+def read_newest(directory: PathLike, read: Callable[[int], T]) -> tuple[int, T] | None:
+    """(step, what `read` gives for it) of the newest checkpoint; None where there is none.
+
+    A run that still trains may remove that checkpoint meanwhile; then it has a newer one.
+    """
+    while (step := latest(directory)) is not None:
+        try:
+            return step, read(step)
+        except cfg.UserError:
+            if step in steps(directory) or jax.process_count() > 1:  # all must read the same
+                raise
+    return None
+
+
 def restore_state(where: ocp.CheckpointManager | PathLike, step: int, abstract: State) -> State:
     """A saved state on the mesh of `abstract` (shapes and shardings, from `abstract_state`).
 
@@ -210,12 +225,11 @@ def refuse_other_run(
     Raises UserError if the run is of another model, optimizer or tokenizer.
     """
     directory = Path(run_dir) / "checkpoints"
-    step = latest(directory)
-    if step is None:
+    found = read_newest(directory, lambda n: (read_config(directory, n), read_data(directory, n)))
+    if found is None:
         return []
-    old = read_config(directory, step)
+    _, (old, facts) = found
     changes = configfile.differences(old, config, "checkpoint")
-    facts = read_data(directory, step)
     if not facts:
         raise cfg.UserError(
             f"run.dir={run_dir} holds imported weights; to train them choose another run.dir, "

@@ -165,14 +165,16 @@ def tokenizer_place(config: cfg.Config) -> Path | None:
 def open_model(config: cfg.Config, step: int | None = None) -> Iterator[LoadedModel]:
     """The model of a run on the mesh that the config names, at a step (None: the newest)."""
     directory = cfg.run_dir(config) / "checkpoints"
-    found = checkpoint.latest(directory) if step is None else step
-    if found is None:
+    if step is None and checkpoint.latest(directory) is None:
         raise cfg.UserError(f"run.dir={cfg.run_dir(config)} has no checkpoint; train it first")
     mesh, layout = open_mesh(config)
     with jax.set_mesh(mesh):
         structure = model_structure(config.model, layout)
         abstract = place(mesh, jax.eval_shape(lambda: init_params(config, layout)))
-        params, fixed = checkpoint.restore_params(directory, found, *abstract)
+        read = lambda step: checkpoint.restore_params(directory, step, *abstract)
+        found = checkpoint.read_newest(directory, read) if step is None else (step, read(step))
+        assert found is not None
+        found, (params, fixed) = found
         yield LoadedModel(config, mesh, layout, structure, params, fixed, found)
 
 
@@ -228,29 +230,32 @@ def _with_parameters(
     """A new state with the parameters of checkpoint.start_from; says what differs there."""
     source = Path(config.checkpoint.start_from)
     directory = source / "checkpoints"
-    found = checkpoint.latest(directory)
+    shapes = place(mesh, jax.eval_shape(lambda: state.params | state.fixed))
+    weights = model_structure(config.model, layout).weights
+
+    def read(step: int) -> tuple[Arrays, Arrays]:
+        old = checkpoint.read_config(directory, step)
+        for key, there, here in configfile.differences(old, config, "numbers"):
+            if key.startswith("model.") and key != "model.init_std":
+                logger.warning("checkpoint.start_from: %s=%s there, %s here", key, there, here)
+        params = trained(weights, old["optimizer"]["train"])
+        return checkpoint.restore_params(
+            directory, step,
+            {name: shape for name, shape in shapes.items() if name in params},
+            {name: shape for name, shape in shapes.items() if name not in params},
+        )  # fmt: skip
+
+    found = checkpoint.read_newest(directory, read)
     if found is None:
         what = "has no checkpoint" if source.is_dir() else "does not exist"
         raise cfg.UserError(
             f"checkpoint.start_from={source} {what}; name the directory of a run that"
             " `jaxlm train` or `jaxlm import` made"
         )
-    old = checkpoint.read_config(directory, found)
-    for key, there, here in configfile.differences(old, config, "numbers"):
-        if key.startswith("model.") and key != "model.init_std":
-            logger.warning("checkpoint.start_from: %s=%s there, %s here", key, there, here)
     if (source / "tokenizer.json").is_file():
         if load_tokenizer(source).sha256 != training.tokenizer_sha256:
             logger.warning("checkpoint.start_from: its tokenizer is not that of data.path")
-    shapes = place(mesh, jax.eval_shape(lambda: state.params | state.fixed))
-    trained_there = trained(
-        model_structure(config.model, layout).weights, old["optimizer"]["train"]
-    )
-    params, fixed = checkpoint.restore_params(
-        directory, found,
-        {name: shape for name, shape in shapes.items() if name in trained_there},
-        {name: shape for name, shape in shapes.items() if name not in trained_there},
-    )  # fmt: skip
+    _, (params, fixed) = found
     arrays = params | fixed
     take = lambda names: {name: arrays[name] for name in names}
     return State(state.step, take(state.params), take(state.fixed), state.opt)

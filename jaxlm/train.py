@@ -64,6 +64,7 @@ def train(config: cfg.Config) -> None:
         # Its words are those of a training text, which a private run may not show.
         example = "" if ledger else run.example_prompt(config, tokenizer, training)
         write_samples = make_sampling(config, structure, layout, mesh, tokenizer)
+        meeting.enter()
         state, start = run.first_state(
             config, layout, optimizer, mesh, training, meeting.restore, meeting.begin
         )

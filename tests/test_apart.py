@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from jaxlm import checkpoint, optim, outer
+from jaxlm import run as run_dirs
 from jaxlm.config import UserError
 from jaxlm.data import load, open_split
 from jaxlm.outer import about as facts
@@ -58,6 +59,7 @@ class Run:
         self.split = open_split(config.data.path, "train")
         self.losses, self.items = [], []
         with jax.set_mesh(self.program.mesh):
+            self.meeting.enter()
             first = create_state(
                 config, self.program.layout, self.program.optimizer, self.program.mesh
             )
@@ -420,6 +422,35 @@ def test_one_process_at_a_time_has_an_island_s_name(data, tmp_path):
         with pytest.raises(UserError, match="another process trains as this island"):
             first.finish(3)
         second.close()
+
+
+def test_a_process_that_was_replaced_leaves_the_checkpoints_alone(data, tmp_path):
+    """The other one, which has waited for the name, takes the newest checkpoint."""
+    store, folder = tmp_path / "store", tmp_path / "r/checkpoints"
+    own = config(data, store, "a", f"run.dir={tmp_path / 'r'}", "checkpoint.keep=1")
+    with Merger(str(store), tmp_path / "m"):
+        first = Run(own, 0).finish(3)
+        save(first, folder)
+
+        def later():
+            time.sleep(1)
+            first.finish(6)
+            save(first, folder)
+            first.meeting.close()  # its beats stop as if it had been stopped
+
+        def resume(run, _):
+            program = run.program
+            return run_dirs.first_state(
+                own, program.layout, program.optimizer, program.mesh, run.split,
+                run.meeting.restore, run.meeting.begin,
+            )[0]  # fmt: skip
+
+        second, _ = together(lambda: Run(own, 1, resume), later)
+        assert second.start == 6
+        with pytest.raises(UserError, match="another process trains as this island"):
+            save(first, folder)
+        second.close()
+    assert checkpoint.steps(folder) == [6]
 
 
 def test_mistakes_name_their_key(data, tmp_path):

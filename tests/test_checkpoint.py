@@ -219,6 +219,23 @@ def test_leftovers_are_not_checkpoints(tmp_path):
     assert_same(checkpoint.restore_state(tmp_path, 6, small()), fill(small(), 6))
 
 
+def test_the_newest_is_read_where_a_run_removes_it_meanwhile(tmp_path):
+    assert checkpoint.read_newest(tmp_path / "none", lambda step: step) is None
+    write(tmp_path, fill(small(), 5))
+
+    def read(step: int):
+        if step == 5:  # what a run with checkpoint.keep=1 does
+            write(tmp_path, fill(small(), 6))
+            shutil.rmtree(tmp_path / "5")
+        return checkpoint.restore_state(tmp_path, step, small())
+
+    found = checkpoint.read_newest(tmp_path, read)
+    assert found is not None and found[0] == 6
+    assert_same(found[1], fill(small(), 6))
+    shutil.rmtree(tmp_path / "6/params")
+    assert "params" in error_of(checkpoint.read_newest, tmp_path, read)  # damaged, not removed
+
+
 def test_items_are_restorable_alone(tmp_path):
     state, abstract = fill(small(), 5), small()
     write(tmp_path, state)

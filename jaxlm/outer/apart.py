@@ -56,9 +56,6 @@ def meet(config: cfg.Config, program: Program) -> Meeting:
     """This job as an island of outer.store."""
     post = Post(config, program, ())
 
-    def begin(state: State) -> State:
-        return arrive(post, state)
-
     def restore(directory: Path, step: int) -> State:
         abstract = abstract_state(config, program.layout, program.optimizer, program.mesh)
         state = checkpoint.restore_state(directory, step, abstract)
@@ -80,7 +77,8 @@ def meet(config: cfg.Config, program: Program) -> Meeting:
         return state, (values, dict(isle.numbers))
 
     return Meeting(
-        begin=begin, restore=restore, step=step, read=read,
+        enter=lambda: open_island(post), begin=lambda state: arrive(post, state),
+        restore=restore, step=step, read=read,
         merged=lambda state: merged(post, state), saved=lambda state: saved(post, state),
         places=lambda item: place_of(_isle(post), item), facts=lambda: facts(_isle(post)),
         close=lambda: close(post),
@@ -108,13 +106,18 @@ def read(values: tuple[Arrays, dict[str, float]]) -> dict[str, float]:
 # --- arriving ------------------------------------------------------------------------------------
 
 
-def open_island(post: Post, state: State, blocks: list[int]) -> Island:
-    """Open the store, agree with the other islands, and take this island's name."""
-    config, outer = post.config, post.config.outer
+def open_island(post: Post) -> None:
+    """Open the store, agree with the other islands, and take this island's name.
+
+    Only then it is known which checkpoint is the newest: until another process that trains as this
+    island is gone, it saves and removes checkpoints.
+    """
+    config, program, outer = post.config, post.program, post.config.outer
     stop = threading.Event()
     store = patient(open_store(outer.store), stop)
     identity = _identity(config)
-    arrays = placed.mergeable(post.program.structure, state)
+    state = abstract_state(config, program.layout, program.optimizer, program.mesh)
+    arrays = placed.mergeable(program.structure, state)
     kinds = {n: (x.shape, "params" if n in state.params else "fixed") for n, x in arrays.items()}
     body = facts_of.describe(kinds, outer, _data_facts(config), config.batch.sequences)
     problem = None
@@ -128,14 +131,13 @@ def open_island(post: Post, state: State, blocks: list[int]) -> Island:
     _, about, identity = facts_of.read(store, identity)
     process = Process(store, identity, presence.patience(outer.grace))
     isle = Island(
-        process, about, claimed.open_claims(process, about.block, blocks, island.leads()),
+        process, about, claimed.open_claims(process, about.block, [], island.leads()),
         config.batch.sequences * config.batch.sequence_length, config.batch.sequences,
         config.steps, stop,
         concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="outer"),
     )  # fmt: skip
     post.isle = isle
     _take_name(post, isle)
-    return isle
 
 
 def _identity(config: cfg.Config) -> Identity:
@@ -185,7 +187,7 @@ def _take_name(post: Post, isle: Island) -> None:
 
 def arrive(post: Post, state: State) -> State:
     """A state without a past in the store: found what all start from, or join the others."""
-    isle = open_island(post, state, [])
+    isle = _isle(post)
     isle.step = int(state.step)
     isle.origin = (isle.step, isle.step * isle.sequences)
     said = ""
@@ -288,6 +290,7 @@ def saved(post: Post, state: State) -> tuple[State, Arrays]:
     """What a checkpoint keeps: the merged model and the island's optimizer; `outer`: its own
     parameters, what the wire lost, and the contribution that is under way."""
     isle, own = _isle(post), placed.mergeable(post.program.structure, state)
+    contribute.check_lease(isle)  # the run's directory is another process's, where that has it
     if not isle.base:
         return state, {}
     groups = {"own": own}
@@ -322,12 +325,15 @@ def facts(isle: Island) -> dict[str, Any]:
 
 def come_back(post: Post, state: State, directory: Path, step: int, facts: dict[str, Any]) -> State:
     """Go on from a checkpoint: with what was not contributed yet, and the merges made since."""
-    isle = open_island(post, state, facts["blocks"])
+    isle = _isle(post)
     if (facts["store"], facts["island"]) != (isle.about.store, isle.name):
         raise UserError(
             f"run.dir={directory.parent} is of island {facts['island']} in another outer.store, "
             f"not of {isle.name} in this one; choose another run.dir"
         )
+    isle.claims = claimed.open_claims(
+        isle.process, isle.about.block, facts["blocks"], island.leads()
+    )
     arrays = placed.mergeable(post.program.structure, state)
     names = {"own": arrays}
     isle.step = step

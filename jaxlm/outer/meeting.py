@@ -23,6 +23,7 @@ class Meeting:
     merged: Callable[[Any], State]  # the model to evaluate, to sample from and to export
     saved: Callable[[Any], tuple[State, Arrays]]  # what a checkpoint keeps: its items, and `outer`
     places: Callable[[int], int] = lambda item: item  # this run's item -> place in the stream
+    enter: Callable[[], None] = lambda: None  # before a checkpoint is looked for
     facts: Callable[[], dict[str, Any]] = dict  # JSON that a checkpoint keeps with its data
     close: Callable[[], None] = lambda: None  # at the end, also after an error
 
