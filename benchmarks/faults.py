@@ -117,7 +117,8 @@ def tend(jobs: list[Job]) -> list[str]:
         if job.process is None and now >= job.start_at:
             job.start()
         elif job.process is not None and job.process.poll() is not None and not job.continue_at:
-            ended.append(f"{job.name} ended by itself with {job.process.returncode}")
+            if all(process.poll() is not None for process in job.replaced):  # else that one trains
+                ended.append(f"{job.name} ended by itself with {job.process.returncode}")
             job.start()
     return ended
 

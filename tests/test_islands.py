@@ -12,7 +12,7 @@ import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import checkpoint, outer
+from jaxlm import checkpoint, configfile, outer
 from jaxlm.cli import main
 from jaxlm.data import load, open_split
 from jaxlm.outer import exchange, fleet, merge, together
@@ -83,7 +83,7 @@ def train(config, devices: int, stop: int = STEPS, keep: tuple = (), resume: tup
             if keep and step + 1 == keep[1]:
                 manager = checkpoint.open_manager(keep[0], config.checkpoint)
                 kept, islands = meeting.saved(state)
-                checkpoint.save(manager, keep[1], kept, {}, {"optimizer": {}}, islands)
+                checkpoint.save(manager, keep[1], kept, {}, configfile.to_dict(config), islands)
                 checkpoint.finish(manager)
         params = jax.tree.map(np.asarray, meeting.merged(state).params)
     return losses, params, state
@@ -244,6 +244,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(data, tmp_path):
     same(again, params)
     assert all(np.any(x) for kept in ("momentum", "error", "sent")
                for x in state.memory[kept].values())  # fmt: skip
+    other = config(data, *ISLANDS, *EVERYTHING, "mesh.replica=4", "mesh.fsdp=1")
+    text = tiny.message(train, other, 4, resume=(tmp_path, 6))
+    assert "mesh.replica=4" in text and "use mesh.replica=2" in text and "start_from" in text
 
 
 @pytest.mark.nightly

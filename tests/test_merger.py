@@ -19,7 +19,7 @@ import tiny
 from jaxlm.cli import main
 from jaxlm.config import UserError
 from jaxlm.outer import about as facts
-from jaxlm.outer import courier, merging, presence, records, serve, snapshots
+from jaxlm.outer import courier, merging, presence, records, serve, snapshots, wire
 from jaxlm.outer import ledger as books
 from jaxlm.outer.presence import Watch
 from jaxlm.outer.records import Damaged, Identity
@@ -121,6 +121,46 @@ def test_a_replay_of_the_store_gives_the_same_bits(tmp_path, rule):
         assert merging.follow(ledgers[1])
     one, other = (place.arrays_of(serve.Desk(ledger, Watch())) for ledger in ledgers)
     assert ledgers[0].position == ledgers[1].position and place.same(one, other)
+
+
+@pytest.mark.parametrize("up, down, least", [
+    ("float32", "float32", 50), ("int4", "bfloat16", 130), ("int4", "int4", 300),
+])  # fmt: skip
+def test_what_an_island_sends_and_receives(tmp_path, monkeypatch, up, down, least):
+    """All that it reads from a store and writes there for a merge, beside an all-reduce of bfloat16
+    gradients between eight islands in each of 100 steps."""
+    monkeypatch.setattr(place, "SHAPES", {"embed": (512, 256), "groups.0.0.mlp": (4, 256, 384)})
+    crossed = {"sent": 0, "received": 0}
+
+    def sending(operation):
+        def send(name: str, data: bytes):
+            crossed["sent"] += len(data)
+            return operation(name, data)
+
+        return send
+
+    def read(name: str) -> bytes:
+        data = store.read(name)
+        crossed["received"] += len(data)
+        return data
+
+    store = place.memory()
+    (process, _), about = begin(store, rule="average", wire=(up, down))
+    desk = place.merger(store, tmp_path / "m")
+    position, _ = courier.read_snapshot(process, about)
+    link = dataclasses.replace(
+        store, read=read, create=sending(store.create), write=sending(store.write)
+    )
+    island = dataclasses.replace(process, store=link)
+    place.beat(island, 0)
+    place.contribute(island, about, 0, 0)
+    serve.turn(desk)
+    assert len(place.every_merge(island, about, position)) == 1
+    size = sum(np.prod(shape) for shape in place.SHAPES.values())
+    for bytes_, form in ((crossed["sent"], up), (crossed["received"], down)):
+        assert wire.num_bytes(size, form) < bytes_ < 1.01 * wire.num_bytes(size, form)
+    all_reduce = 2 * 7 / 8 * 2 * size  # what each of eight sends, and receives
+    assert 100 * 2 * all_reduce / sum(crossed.values()) >= least
 
 
 def test_weights_are_tokens_squared_over_steps(tmp_path):

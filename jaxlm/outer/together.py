@@ -247,6 +247,13 @@ def restore(fleet: Fleet, programs: Programs, directory: Any, step: int) -> Whol
             f"outer.start_step={outer.start_step}: the islands of {directory}/{step} {was} that "
             "step; use the value that the run was started with"
         )
+    there = checkpoint.read_config(directory, step)["mesh"]["replica"]
+    if parted and there not in (-1, fleet.count):
+        raise cfg.UserError(
+            f"mesh.replica={fleet.count}: {directory}/{step} is of {there} islands that have "
+            f"parted; use mesh.replica={there}, or start another run from their merged model with "
+            f"checkpoint.start_from={directory.parent}"
+        )
     if not parted:
         state = checkpoint.restore_state(directory, step, whole)
         return Whole(step, state) if step < outer.start_step else part(fleet, state, step)
