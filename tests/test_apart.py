@@ -18,7 +18,7 @@ from jaxlm import run as run_dirs
 from jaxlm.config import UserError
 from jaxlm.data import load, open_split
 from jaxlm.outer import about as facts
-from jaxlm.outer import adopt, courier, records, serve, snapshots
+from jaxlm.outer import adopt, courier, presence, records, serve, snapshots
 from jaxlm.outer import ledger as books
 from jaxlm.outer.courier import Contribution
 from jaxlm.outer.island import Island, Outstanding
@@ -424,16 +424,25 @@ def test_one_process_at_a_time_has_an_island_s_name(data, tmp_path):
         second.close()
 
 
-def test_a_process_that_was_replaced_leaves_the_checkpoints_alone(data, tmp_path):
+def test_a_process_that_was_replaced_leaves_the_checkpoints_alone(data, tmp_path, monkeypatch):
     """The other one, which has waited for the name, takes the newest checkpoint."""
     store, folder = tmp_path / "store", tmp_path / "r/checkpoints"
     own = config(data, store, "a", f"run.dir={tmp_path / 'r'}", "checkpoint.keep=1")
+    waits, take = threading.Event(), presence.take_lease
+
+    def take_lease(*arguments) -> bool:
+        taken = take(*arguments)
+        if not taken:
+            waits.set()
+        return taken
+
+    monkeypatch.setattr(presence, "take_lease", take_lease)
     with Merger(str(store), tmp_path / "m"):
         first = Run(own, 0).finish(3)
         save(first, folder)
 
         def later():
-            time.sleep(1)
+            assert waits.wait(100)
             first.finish(6)
             save(first, folder)
             first.meeting.close()  # its beats stop as if it had been stopped
