@@ -131,7 +131,7 @@ def open_island(post: Post) -> None:
     _, about, identity = facts_of.read(store, identity)
     process = Process(store, identity, presence.patience(outer.grace))
     isle = Island(
-        process, about, claimed.open_claims(process, about.block, [], island.leads()),
+        process, about, claimed.Claims(process, about.block, [], island.leads()),
         config.batch.sequences * config.batch.sequence_length, config.batch.sequences,
         config.steps, stop,
         concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="outer"),
@@ -185,9 +185,18 @@ def _take_name(post: Post, isle: Island) -> None:
     island.agree(0)
 
 
+def _find_claims(isle: Island, blocks: list[int]) -> None:
+    """The island's blocks of data: those that a checkpoint knows, and those in the store.
+
+    Only once it has its name: a process that had it before may have claimed some until then.
+    """
+    isle.claims = claimed.open_claims(isle.process, isle.about.block, blocks, island.leads())
+
+
 def arrive(post: Post, state: State) -> State:
     """A state without a past in the store: found what all start from, or join the others."""
     isle = _isle(post)
+    _find_claims(isle, [])
     isle.step = int(state.step)
     isle.origin = (isle.step, isle.step * isle.sequences)
     said = ""
@@ -331,9 +340,7 @@ def come_back(post: Post, state: State, directory: Path, step: int, facts: dict[
             f"run.dir={directory.parent} is of island {facts['island']} in another outer.store, "
             f"not of {isle.name} in this one; choose another run.dir"
         )
-    isle.claims = claimed.open_claims(
-        isle.process, isle.about.block, facts["blocks"], island.leads()
-    )
+    _find_claims(isle, facts["blocks"])
     arrays = placed.mergeable(post.program.structure, state)
     names = {"own": arrays}
     isle.step = step
