@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import meeting_place as place
@@ -32,6 +33,7 @@ from jaxlm.validate import validate
 
 STEPS = 12
 PROGRAMS: dict = {}
+OPEN: list["Run"] = []
 
 
 def config(data, store, island: str = "a", *overrides: str):
@@ -55,7 +57,8 @@ class Run:
 
     def __init__(self, config, device: int, state=None):
         self.config, self.program = config, program_of(config, device)
-        self.meeting = outer.meet(config, self.program)
+        self.meeting, self.batches = outer.meet(config, self.program), None
+        OPEN.append(self)
         self.split = open_split(config.data.path, "train")
         self.losses, self.items = [], []
         with jax.set_mesh(self.program.mesh):
@@ -101,8 +104,18 @@ class Run:
         return {name: np.asarray(x) for name, x in (state.params | state.fixed).items()}
 
     def close(self):
+        OPEN.remove(self)
         self.meeting.close()
-        self.batches.close()
+        if self.batches is not None:
+            self.batches.close()
+
+
+@pytest.fixture(autouse=True)
+def no_island_goes_on():
+    """An island that outlives its test would write files during the next ones."""
+    yield
+    for run in list(OPEN):
+        run.close()
 
 
 class Merger:
@@ -133,7 +146,8 @@ class Merger:
                 serve.turn(desk)
         except Exception as error:
             self.error = error
-            raise
+            for run in list(OPEN):  # or they would wait for ever
+                run.close()
 
     def __enter__(self):
         return self
@@ -141,7 +155,8 @@ class Merger:
     def __exit__(self, *_):
         self.stop.set()
         self.thread.join()
-        assert self.error is None
+        if self.error is not None:
+            raise self.error
 
 
 def together(*calls):
@@ -321,12 +336,21 @@ def test_nobody_waits_where_contributions_are_merged_as_they_come(data, tmp_path
         sent[process.identity.name].append(own.steps)
         return announce(process, own, payloads)
 
+    speeds = {"a": 10.0, "b": 2.0}  # by the pauses, on a machine with nothing else to do
+    known = lambda isle: setattr(isle, "speed", speeds[isle.name])
+    monkeypatch.setattr(adopt, "measure_speed", known)
     monkeypatch.setattr(courier, "announce", watched)
     rule = ["outer.rule=delayed", "outer.learning_rate=0.7", "outer.momentum=0.5", "outer.every=2"]
     (a, b), desk = run_pair(data, tmp_path, *rule, pauses=(0.1, 0.5))
     assert np.median(sent["b"]) < 2 <= np.median(sent["a"][:-1])
     assert desk.ledger.position.steps == sum(len(run.losses) for run in (a, b))
     assert np.isfinite(a.losses + b.losses).all()
+
+
+def test_an_island_s_speed_is_in_steps_a_second():
+    isle = SimpleNamespace(step=202, clock=(2, time.monotonic() - 100), speed=0.0)
+    adopt.measure_speed(isle)
+    assert isle.speed == pytest.approx(2.0, rel=0.05) and isle.clock[0] == 202
 
 
 def test_an_island_gone_bad_is_refused_and_starts_again_from_the_merged(data, tmp_path, caplog):

@@ -21,7 +21,7 @@ from jaxlm.config import UserError
 from jaxlm.outer import about as facts
 from jaxlm.outer import courier, merging, presence, records, serve, snapshots, wire
 from jaxlm.outer import ledger as books
-from jaxlm.outer.presence import Watch
+from jaxlm.outer.presence import Process, Watch
 from jaxlm.outer.records import Damaged, Identity
 from jaxlm.outer.store import Store, open_store
 
@@ -340,6 +340,60 @@ def test_of_two_mergers_that_know_different_contributions_one_counts(tmp_path):
     assert merging.follow(second.ledger)
     assert second.ledger.position == first.ledger.position
     assert place.same(place.arrays_of(second), place.arrays_of(first))
+
+
+def eventful(store: Store, operation: str, name: str, call: int, happens) -> Store:
+    """A store in which something happens right after a call of an operation on a name."""
+    calls = itertools.count(1)
+    plain = getattr(store, operation)
+
+    def watched(asked: str):
+        try:
+            return plain(asked)
+        finally:
+            if asked == name and next(calls) == call:
+                happens()
+
+    return dataclasses.replace(store, **{operation: watched})
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_merger_that_starts_while_the_first_island_begins(tmp_path, call):
+    """What comes while it looks is not taken for damage: at the latest it sees it the next time."""
+    store = place.memory()
+    island = place.begin(store, place.settings())
+    about = place.about_of(island)
+    happens = lambda: place.publish_first(island, place.initial())
+    seen = eventful(store, "list", "snapshots/", call, happens)
+    process = Process(seen, dataclasses.replace(island.identity, name=records.MERGER), 0.2, "m0")
+    first = snapshots.load(process, about, tmp_path)
+    ledger = first or snapshots.load(process, about, tmp_path)
+    assert ledger is not None and ledger.position.number == 0
+    assert place.same(
+        place.initial(),
+        {a.name: books.read_array(ledger, "base", i) for i, a in enumerate(about.arrays)},
+    )
+
+
+def test_a_merger_that_starts_while_another_merges_gives_nothing_up(tmp_path):
+    store = place.memory()
+    processes, about = begin(store, **RULES["diloco"])
+    first = place.merger(store, tmp_path / "m0")
+
+    def happens():
+        for number in range(2):
+            publish(processes, about, number)
+            serve.turn(first)
+
+    seen = eventful(store, "read", records.numbered("merges", 0), 1, happens)
+    process = Process(seen, first.ledger.identity, 0.2, "m1")
+    (tmp_path / "m1").mkdir()
+    second = snapshots.open_ledger(process, about, tmp_path / "m1")
+    assert second is not None and first.ledger.position.number == 2
+    while merging.follow(second):
+        pass
+    assert second.position == first.ledger.position
+    assert place.same(place.arrays_of(serve.Desk(second, Watch())), place.arrays_of(first))
 
 
 # --- damage --------------------------------------------------------------------------------------

@@ -99,12 +99,14 @@ def load(process: Process, about: About, folder: Path) -> Ledger | None:
 
     Raises UserError where there are some and none is sound.
     """
+    # Asked first: the first snapshot may come while we look for it.
+    begun = records.numbers(process.store, "snapshots") or records.numbers(process.store, "merges")
     for name, body in newest(process.store, process.identity):
         try:
             return load_from(process, about, folder, name, body)
         except Damaged as error:
             logger.warning("warning: %s is skipped: %s", name, error)
-    if records.numbers(process.store, "snapshots") or records.numbers(process.store, "merges"):
+    if begun:
         raise UserError(
             f"outer.store={process.store.url}: no snapshot there is sound; put one back from a "
             "copy, or begin a new store from a checkpoint (checkpoint.start_from)"
@@ -145,11 +147,14 @@ def open_ledger(process: Process, about: About, folder: Path) -> Ledger | None:
     ledger = load(process, about, folder)
     if ledger is None:
         return None
+    last = -1
     try:
-        while merging.follow(ledger):
-            pass
-        behind = [n for n in records.numbers(process.store, "merges") if n > ledger.position.number]
-        if not behind:
+        while True:
+            # Asked first: another merger may make merges while we follow.
+            last = max([-1, *records.numbers(process.store, "merges")])
+            if not merging.follow(ledger):
+                break
+        if last <= ledger.position.number:
             return ledger
         error: Exception = Damaged(f"{records.numbered('merges', ledger.position.number)}: absent")
     except Damaged as damage:
