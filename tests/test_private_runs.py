@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import stat
 
 import dp_accounting
@@ -223,8 +224,6 @@ def test_metrics_tell_epsilon_and_nothing_of_the_rows(whole_run, many_rows):
 
 def test_a_resumed_run_ends_in_the_same_bits(whole_run, many_rows, tmp_path):
     """It draws the same rows and noise: both come from the secret that the run's directory has."""
-    import shutil
-
     shutil.copytree(whole_run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
     config = run_config(many_rows, tmp_path / "again")
@@ -262,6 +261,30 @@ def test_other_terms_are_refused(whole_run, many_rows, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "4").symlink_to(whole_run / "checkpoints" / "4")
     assert "or the file with its secret is lost" in tiny.message(opened, where=tmp_path)
+
+
+def test_a_step_is_not_made_otherwise_with_the_same_noise(whole_run, many_rows, tmp_path):
+    split, rate = data_split(run_config(many_rows, whole_run)), "optimizer.learning_rate=0.5"
+    for name in ("killed", "done"):
+        shutil.copytree(whole_run, tmp_path / name)
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "done" / "checkpoints" / "2")
+    opened = lambda name, *more: ledger.open_ledger(
+        run_config(many_rows, tmp_path / name, *more), split
+    )
+    for more in (rate, "steps=8", "optimizer.b2=0.5"):
+        text = tiny.message(opened, "killed", more)
+        key, _, value = more.partition("=")
+        assert text.startswith(f"{key}={value} here, ") and "the same noise" in text
+    record = (tmp_path / "killed" / ledger.FILE).read_bytes()
+    opened("killed", "log.every=2", "mesh.fsdp=1")
+    assert (tmp_path / "killed" / ledger.FILE).read_bytes() == record
+    secret = opened("done", rate, "steps=8")[1].secret
+    assert secret == opened("done", rate, "steps=8")[1].secret
+    assert secret.hex() == json.loads(record)["secret"]
+    assert "steps=12 here, 8 in run.dir" in tiny.message(opened, "done", rate, "steps=12")
+    mode = (tmp_path / "done" / ledger.FILE).stat().st_mode
+    assert stat.S_IMODE(mode) == 0o600
 
 
 def test_a_budget_sets_the_last_step(whole_run, many_rows, tmp_path, caplog):

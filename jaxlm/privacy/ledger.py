@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm import checkpoint
+from jaxlm import checkpoint, configfile
 from jaxlm import config as cfg
 from jaxlm.data import Split, pack
 from jaxlm.privacy import accounting, sampling
 
 logger = logging.getLogger("jaxlm")
 FILE = "secret.json"
-FORMAT = 1
+FORMAT = 2
 MARKS = 32  # numbers of steps in a run for which epsilon is computed
 
 
@@ -113,13 +113,18 @@ def open_ledger(config: cfg.Config, training: Split) -> tuple[cfg.Config, Ledger
         "privacy: epsilon %.3f at delta %g after step %d, of %s", terms.epsilon(steps),
         config.privacy.delta, steps, accounting.UNIT.format(config.batch.sequence_length),
     )  # fmt: skip
-    secret = _shared(_open_secret(config, terms, run_dir) if jax.process_index() == 0 else None)
+    first = jax.process_index() == 0
+    secret = _shared(_open_secret(config, terms, training, run_dir) if first else None)
     return config, Ledger(terms, secret, steps)
 
 
-def _open_secret(config: cfg.Config, terms: Terms, run_dir: Path) -> bytes:
-    """The secret of a run directory: the one it has, or a new one, written there."""
-    facts = _facts(config, terms)
+def _open_secret(config: cfg.Config, terms: Terms, training: Split, run_dir: Path) -> bytes:
+    """The secret of a run directory: the one it has, or a new one, written there.
+
+    A step that is made again must be the same step: its noise is. So a run whose last step has been
+    made may go on with other settings, and one that was stopped before may not.
+    """
+    facts = _facts(config, terms, training)
     try:
         kept = json.loads((run_dir / FILE).read_text())
     except FileNotFoundError:
@@ -133,7 +138,7 @@ def _open_secret(config: cfg.Config, terms: Terms, run_dir: Path) -> bytes:
         )
     if kept is None:
         secret = secrets.token_bytes(sampling.SECRET_BYTES)
-        _write(run_dir, facts | {"secret": secret.hex()})
+        _write(run_dir, facts | {"config": configfile.to_dict(config), "secret": secret.hex()})
         return secret
     differ = [
         f"{name}={fact} here, {kept.get(name)} there"
@@ -145,10 +150,22 @@ def _open_secret(config: cfg.Config, terms: Terms, run_dir: Path) -> bytes:
             f"run.dir={run_dir} holds a private run on other terms: {'; '.join(differ)}; what it "
             "spent could not be told; use its terms, or another run.dir"
         )
+    changed = configfile.differences(kept["config"], config, "numbers")
+    if changed:
+        newest, last = checkpoint.latest(run_dir / "checkpoints"), kept["config"]["steps"]
+        if newest != last:
+            key, before, now = changed[0]
+            raise cfg.UserError(
+                f"{key}={now} here, {before} in run.dir={run_dir}, a private run that has no "
+                f"checkpoint of its last step, {last}: steps that were made after its newest "
+                "checkpoint would be made otherwise with the same noise, and the difference tells "
+                "what the noise hides; end the run as it began, or choose another run.dir"
+            )
+        _write(run_dir, kept | {"config": configfile.to_dict(config)}, again=True)
     return bytes.fromhex(kept["secret"])
 
 
-def _facts(config: cfg.Config, terms: Terms) -> dict[str, Any]:
+def _facts(config: cfg.Config, terms: Terms, training: Split) -> dict[str, Any]:
     """What the accountant's answer rests on, beside the number of steps."""
     p = config.privacy
     facts = {"clip_norm": p.clip_norm, "noise_multiplier": p.noise_multiplier, "delta": p.delta}
@@ -156,16 +173,20 @@ def _facts(config: cfg.Config, terms: Terms) -> dict[str, Any]:
         {"format": FORMAT}
         | {f"privacy.{name}": value for name, value in facts.items()}
         | {"batch.sequences": config.batch.sequences, "rows": terms.num_rows}
+        | {"data.path's fingerprint": training.fingerprint}
     )
 
 
-def _write(run_dir: Path, record: dict[str, Any]) -> None:
-    """Write the record for its owner's eyes alone."""
+def _write(run_dir: Path, record: dict[str, Any], again: bool = False) -> None:
+    """Write the record for its owner's eyes alone. `again`: there is one, which it replaces."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w") as file:
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if again else os.O_EXCL)
+        path = run_dir / (f"{FILE}.new" if again else FILE)
+        with open(os.open(path, flags, 0o600), "w") as file:
             json.dump(record, file, indent=1)
+        if again:
+            os.replace(path, run_dir / FILE)
     except OSError as error:
         raise cfg.UserError(
             f"run.dir={run_dir}: cannot write there: {error.strerror}; choose another run.dir"
