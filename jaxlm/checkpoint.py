@@ -4,7 +4,8 @@ Where islands have parted, params and fixed are the merged model, and `outer` is
 Arrays are saved whole and by name, stacked layers in the model's order, so that any mesh and any
 number of processes can read them. The optimizer's state is flat too, named by its place in the
 tree ("0.mu.embed.table"); an item without arrays is not written. A step that is listed is complete:
-Orbax writes into <step>.orbax-checkpoint-tmp and renames it at the end.
+Orbax writes into <step>.orbax-checkpoint-tmp and renames it at the end. The last file before that
+is the manifest, by which all others are checked before they are read.
 """
 
 from __future__ import annotations
@@ -14,24 +15,28 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from jaxlm import __version__, configfile
+from jaxlm import __version__, configfile, manifest
 from jaxlm import config as cfg
 from jaxlm.state import Arrays, State
 from jaxlm.yaml_values import yaml_text
 
-FORMAT = 1  # of a checkpoint; a reader refuses a newer one
+FORMAT = 2  # of a checkpoint; a reader refuses a newer one. 1 had no manifest
 ARRAYS, JSON = ("params", "fixed", "opt", "outer"), ("data", "config")
+MODEL = ("params", "fixed", "config")  # the items of a model alone
 PathLike = str | os.PathLike[str]
 T = TypeVar("T")
+logger = logging.getLogger("jaxlm")
 
 # Orbax logs its progress, and every error that it also raises. After a read that failed, asyncio
 # complains that the event loop is closed.
@@ -42,14 +47,50 @@ for _name in ("asyncio", "concurrent.futures"):
     )
 
 
+class Damaged(cfg.UserError):
+    """The files of a checkpoint are not those that were written."""
+
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, and what the manifest of the save under way says beside hashes."""
+
+    about: dict[str, Any] = {}  # "step", "finite" and others
+
+    def seal(self) -> None:
+        """Write the manifest: all items are written, and the step has no name yet."""
+        (directory,) = Path(self.directory).glob(f"{self.about['step']}.orbax-checkpoint-tmp*")
+        manifest.write(directory, self.about)
+
+    def is_finite(self, step: int) -> bool:
+        """Whether a checkpoint, or the one that is being saved, has no NaN and no infinity."""
+        if step == self.about.get("step"):
+            return self.about["finite"]
+        return is_finite(self.directory, step)
+
+
+class LastFinite(checkpoint_managers.PreservationPolicy):
+    """Keep the newest checkpoint without NaN or infinity: those after it are of no use."""
+
+    def __init__(self, is_finite: Callable[[int], bool]):
+        self.is_finite = is_finite
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = [each.step for each in checkpoints]
+        newest = next((step for step in sorted(steps, reverse=True) if self.is_finite(step)), None)
+        return [step == newest for step in steps]
+
+
 def open_manager(
     directory: PathLike, checkpoint: cfg.Checkpoint, read_only: bool = False
-) -> ocp.CheckpointManager:
+) -> Manager:
     """Open a checkpoint directory, for writing by default: it is made, and leftovers are removed.
 
     All processes must call it. Raises UserError where the directory cannot be made or read.
     """
-    keep: list[Any] = [checkpoint_managers.LatestN(checkpoint.keep)]
+    keep: list[Any] = [
+        checkpoint_managers.LatestN(checkpoint.keep),
+        LastFinite(lambda step: manager.is_finite(step)),
+    ]
     if checkpoint.keep_every:
         keep.append(checkpoint_managers.EveryNSteps(checkpoint.keep_every))
     options = ocp.CheckpointManagerOptions(
@@ -59,7 +100,10 @@ def open_manager(
         read_only=read_only,
         # Directories are made before `save` returns: when that fails in the background, Orbax's
         # other threads wait for them until a time-out of many minutes.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        async_options=ocp.AsyncOptions(
+            create_directories_asynchronously=False,
+            post_finalization_callback=lambda: manager.seal(),
+        ),
         save_root_metadata=False,
     )
     # Cutting copies into a slice per device would compile programs and take device memory.
@@ -71,7 +115,8 @@ def open_manager(
     try:
         if not read_only:
             os.makedirs(path, exist_ok=True)  # in every process, so that all report a failure
-        return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+        manager = Manager(path, options=options, item_handlers=handlers)
+        return manager
     except OSError as error:
         raise cfg.UserError(
             f"{directory}: cannot keep checkpoints there: {_reason(error)}; choose another run.dir"
@@ -79,7 +124,7 @@ def open_manager(
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: State, data: dict[str, Any],
+    manager: Manager, step: int, state: State, data: dict[str, Any],
     config: dict[str, Any], outer: Arrays | None = None,
 ) -> None:  # fmt: skip
     """Copy the state off the devices and write it in the background; it may be donated at once.
@@ -94,6 +139,11 @@ def save(
     arrays = {"params": state.params, "fixed": state.fixed, "opt": _named(state.opt)}
     arrays["outer"] = outer or {}
     about = {"format": FORMAT, "jaxlm": __version__, "step": step, "config": config}
+    manager.about = {
+        "step": step, "finite": _all_finite(arrays), "mesh": config.get("mesh"),
+        "versions": {"jaxlm": __version__, "jax": jax.__version__, "orbax": ocp.__version__},
+        "next_item": data.get("next_item"),
+    }  # fmt: skip
     items: dict[str, Any] = {n: ocp.args.PyTreeSave(item) for n, item in arrays.items() if item}
     for name, item in (("data", data), ("config", about)):
         items[name] = ocp.args.JsonSave(json.loads(json.dumps(item)))  # copied: written later
@@ -102,6 +152,30 @@ def save(
         manager.save(step, args=ocp.args.Composite(**items), force=True)
     except (OSError, ValueError) as error:  # the latter is TensorStore's
         raise _not_saved(path, error) from error
+
+
+@jax.jit
+def _finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+
+
+def _all_finite(items: dict[str, Arrays]) -> bool:
+    """Whether no array has a NaN or an infinity. Islands have arrays on other devices."""
+    floats = (
+        [x for x in item.values() if jnp.issubdtype(x.dtype, jnp.inexact)]
+        for item in items.values()
+    )
+    return all([bool(_finite(arrays)) for arrays in floats if arrays])
+
+
+def is_finite(directory: PathLike, step: int) -> bool:
+    """Whether a checkpoint has no NaN and no infinity, as its manifest says; True without one."""
+    try:
+        return bool(manifest.read(Path(directory, str(step))).get("finite", True))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
@@ -136,18 +210,92 @@ def latest(directory: PathLike) -> int | None:
     return max(steps(directory), default=None)
 
 
-def read_newest(directory: PathLike, read: Callable[[int], T]) -> tuple[int, T] | None:
-    """(step, what `read` gives for it) of the newest checkpoint; None where there is none.
+def read_newest(
+    directory: PathLike, read: Callable[[int], T], items: Collection[str] = (),
+    put_aside: bool = False, quiet: bool = False,
+) -> tuple[int, T] | None:  # fmt: skip
+    """(step, what `read` gives for it) of the newest sound checkpoint; None where there is none.
 
-    A run that still trains may remove that checkpoint meanwhile; then it has a newer one.
+    The files of `items` (none: all) are checked before. Where an older step is used, a warning
+    (unless `quiet`) names the damaged ones, which `put_aside` renames. All processes must call it,
+    but for items without arrays. Raises UserError where there are checkpoints and all are damaged.
     """
-    while (step := latest(directory)) is not None:
+    damaged: dict[int, str] = {}
+    while (step := max(set(steps(directory)) - set(damaged), default=None)) is not None:
+        # A run that still trains may remove the newest meanwhile; then it has a newer one. Of
+        # several processes all must read the same.
+        gone = lambda step=step: step not in steps(directory) and jax.process_count() == 1
+        try:
+            verify(directory, step, items)
+        except Damaged as error:
+            if not gone():
+                damaged[step] = str(error)
+            continue
+        for other, text in damaged.items():
+            where = f"; it is now {_put_aside(directory, other)}" if put_aside else ""
+            if not quiet:
+                logger.warning("warning: %s%s; step %d is used", text, where, step)
         try:
             return step, read(step)
         except cfg.UserError:
-            if step in steps(directory) or jax.process_count() > 1:  # all must read the same
+            if not gone():
                 raise
+    if damaged:
+        raise cfg.UserError(
+            f"{damaged[max(damaged)]}; no older step is sound: put one back from a copy, or, to "
+            f"begin anew, move {directory} away"
+        )
     return None
+
+
+def verify(directory: PathLike, step: int, items: Collection[str] = ()) -> None:
+    """Check the files of some items (none: all) of a checkpoint against its manifest.
+
+    Items of arrays: all processes must call it, and each checks a part of the files. Raises
+    Damaged, naming the first bad file.
+    """
+    path = Path(os.path.abspath(directory), str(step))
+    count = 1 if items and set(items) <= set(JSON) else jax.process_count()
+    text = _problem(path, step, items, slice(jax.process_index() % count, None, count))
+    if count > 1:
+        bad = np.asarray(multihost_utils.process_allgather(np.int32(bool(text))))
+        text = text or (f"process {int(bad.argmax())} says where" if bad.any() else "")
+    if text:
+        raise Damaged(f"{directory}/{step}: damaged: {text}")
+
+
+def _problem(path: Path, step: int, items: Collection[str], share: slice = slice(None)) -> str:
+    """What is wrong with a checkpoint, in a few words; empty: nothing."""
+    try:
+        body = manifest.read(path)
+        if body.get("step") != step:
+            return f"{manifest.FILE} is of step {body.get('step')}: something was renamed"
+        return manifest.problem(path, body, items, share)
+    except FileNotFoundError as error:
+        with contextlib.suppress(Exception):  # what jaxlm wrote before it wrote manifests
+            about = ocp.JsonCheckpointHandler().restore(path / "config")  # pyright: ignore
+            if isinstance(about, dict) and about["format"] == 1:
+                return ""
+        return str(error)
+    except (OSError, ValueError) as error:
+        return _reason(error)
+
+
+def _put_aside(directory: PathLike, step: int) -> str:
+    """Rename a damaged checkpoint, so that no start stumbles over it again; its new name."""
+    names = [f"{step}.damaged", *(f"{step}.damaged.{i}" for i in range(2, 100))]
+    name = next(name for name in names if not Path(directory, name).exists())
+    if jax.process_index() == 0:
+        try:
+            os.rename(Path(directory, str(step)), Path(directory, name))
+        except OSError as error:
+            raise cfg.UserError(
+                f"{directory}/{step} is damaged and cannot be put aside: {_reason(error)}; move it "
+                "away"
+            ) from error
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"checkpoint {step} was put aside")
+    return name
 
 
 def restore_state(where: ocp.CheckpointManager | PathLike, step: int, abstract: State) -> State:
@@ -205,7 +353,8 @@ def read_config(directory: PathLike, step: int | None = None) -> dict[str, Any]:
             f"{version}; this is jaxlm {__version__}, which knows {FORMAT}; update it"
         )
     with _reading(directory, step, "config"):
-        if version != FORMAT or not isinstance(about.get("config"), dict):
+        known = isinstance(version, int) and 1 <= version <= FORMAT
+        if not known or not isinstance(about.get("config"), dict):
             raise ValueError("its format or config is missing")
         if about.get("step") != step:
             raise ValueError(f"it is of step {about.get('step')}: a directory was renamed")
@@ -225,7 +374,8 @@ def refuse_other_run(
     Raises UserError if the run is of another model, optimizer or tokenizer.
     """
     directory = Path(run_dir) / "checkpoints"
-    found = read_newest(directory, lambda n: (read_config(directory, n), read_data(directory, n)))
+    read = lambda step: (read_config(directory, step), read_data(directory, step))
+    found = read_newest(directory, read, JSON, quiet=True)  # who restores a state says it
     if found is None:
         return []
     _, (old, facts) = found

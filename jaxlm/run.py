@@ -172,9 +172,14 @@ def open_model(config: cfg.Config, step: int | None = None) -> Iterator[LoadedMo
         structure = model_structure(config.model, layout)
         abstract = place(mesh, jax.eval_shape(lambda: init_params(config, layout)))
         read = lambda step: checkpoint.restore_params(directory, step, *abstract)
-        found = checkpoint.read_newest(directory, read) if step is None else (step, read(step))
-        assert found is not None
-        found, (params, fixed) = found
+        if step is None:
+            newest = checkpoint.read_newest(directory, read, checkpoint.MODEL)
+            assert newest is not None
+            found, (params, fixed) = newest
+        else:
+            if step in checkpoint.steps(directory):
+                checkpoint.verify(directory, step, checkpoint.MODEL)
+            found, (params, fixed) = step, read(step)
         yield LoadedModel(config, mesh, layout, structure, params, fixed, found)
 
 
@@ -211,12 +216,15 @@ def first_state(
     be at a later step than that: an island goes on where the others are.
     """
     directory = cfg.run_dir(config) / "checkpoints"
-    step = checkpoint.latest(directory)
-    if step is not None:
+
+    def read(step: int):
         data_state = checkpoint.read_data(directory, step)
         load.check_data_state(data_state, step, training, config.batch, config.seed)
-        state = restore(directory, step)
-        return state, int(state.step)
+        return restore(directory, step)
+
+    newest = checkpoint.read_newest(directory, read, put_aside=True)
+    if newest is not None:
+        return newest[1], int(newest[1].step)
     state = create_state(config, layout, optimizer, mesh)
     if config.checkpoint.start_from:
         state = _with_parameters(state, config, layout, mesh, training)
@@ -245,7 +253,7 @@ def _with_parameters(
             {name: shape for name, shape in shapes.items() if name not in params},
         )  # fmt: skip
 
-    found = checkpoint.read_newest(directory, read)
+    found = checkpoint.read_newest(directory, read, checkpoint.MODEL)
     if found is None:
         what = "has no checkpoint" if source.is_dir() else "does not exist"
         raise cfg.UserError(

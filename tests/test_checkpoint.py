@@ -1,5 +1,6 @@
 """Checkpoints: bitwise round trips across meshes and processes, retention, damage, failed saves."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -58,18 +59,26 @@ def on_devices(make, config: cfg.Config, count: int) -> State:
         return make(config, layout, make_optimizer(config.optimizer, 10, dims), mesh)
 
 
-def fill(abstract: State, step: int) -> State:
-    """A state of random bits, NaNs among them, that depend on the step and the leaf alone."""
+def fill(abstract: State, step: int, nan: bool = True) -> State:
+    """A state of random bits that depend on the step and the leaf alone, with `nan` also of NaNs
+    and infinities."""
     leaves, treedef = jax.tree.flatten(abstract)
 
     def one(index: int, leaf) -> jax.Array:
         bits = np.random.default_rng([step, index]).bytes(leaf.size * leaf.dtype.itemsize)
         value = np.frombuffer(bits, leaf.dtype).reshape(leaf.shape)
+        if not nan and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            value = np.where(np.isfinite(value.astype(np.float32)), value, 1).astype(leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, value.__getitem__)
 
     state = jax.tree.unflatten(treedef, [one(i, leaf) for i, leaf in enumerate(leaves)])
     counter = jax.device_put(np.int32(step), abstract.step.sharding)
     return State(counter, state.params, state.fixed, state.opt)
+
+
+def finite(step: int) -> State:
+    """A small state without NaN and infinity."""
+    return fill(small(), step, nan=False)
 
 
 def assert_same(actual, expected) -> None:
@@ -188,14 +197,28 @@ def test_json_is_copied(tmp_path):
 
 
 def test_retention(tmp_path):
-    state = small()
     kept = {3: [2, 3], 4: [3, 4], 5: [4, 5], 6: [4, 5, 6], 7: [4, 6, 7], 8: [4, 7, 8], 9: [4, 8, 9]}
     for step in range(1, 10):  # a new manager each time, as after a crash
-        write(tmp_path, fill(state, step), keep=2, keep_every=4)
+        write(tmp_path, finite(step), keep=2, keep_every=4)
         assert checkpoint.steps(tmp_path) == kept.get(step, list(range(1, step + 1)))
-    write(tmp_path, *(fill(state, step) for step in (10, 11, 13)), keep=2, keep_every=4)
+    write(tmp_path, *(finite(step) for step in (10, 11, 13)), keep=2, keep_every=4)
     assert checkpoint.steps(tmp_path) == [4, 8, 11, 13]
     assert checkpoint.latest(tmp_path) == 13
+
+
+def test_the_newest_without_nan_is_kept(tmp_path):
+    bad = lambda step: dataclasses.replace(
+        finite(step), params={n: x * jnp.nan for n, x in finite(step).params.items()}
+    )
+    write(tmp_path, finite(1), finite(2), bad(3), bad(4), bad(5), keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 4, 5]
+    assert [checkpoint.is_finite(tmp_path, step) for step in (2, 4, 5)] == [True, False, False]
+    write(tmp_path, bad(6), keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 5, 6]
+    infinite = finite(7)
+    infinite.opt[0]["mu"]["groups.0.1.q"] = infinite.params["groups.0.1.q"] / 0
+    write(tmp_path, infinite, finite(8), keep=1)
+    assert checkpoint.steps(tmp_path) == [8]
 
 
 def test_never_overwrites(tmp_path):
@@ -233,7 +256,92 @@ def test_the_newest_is_read_where_a_run_removes_it_meanwhile(tmp_path):
     assert found is not None and found[0] == 6
     assert_same(found[1], fill(small(), 6))
     shutil.rmtree(tmp_path / "6/params")
-    assert "params" in error_of(checkpoint.read_newest, tmp_path, read)  # damaged, not removed
+    text = error_of(checkpoint.read_newest, tmp_path, read)  # damaged, not removed
+    assert (
+        f"{tmp_path}/6: damaged: params/" in text and "is missing; no older step is sound" in text
+    )
+
+
+DAMAGES = {
+    "deleted": lambda content, other: None,
+    "emptied": lambda content, other: b"",
+    "cut": lambda content, other: content[: len(content) // 2],
+    "longer": lambda content, other: content + b"\0",
+    "one bit": lambda content, other: flipped(content),
+    "of another step": lambda content, other: other,
+}
+
+
+def flipped(content: bytes) -> bytes:
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :] or b"x"
+
+
+def test_no_damaged_file_is_read(tmp_path, caplog):
+    """Each file of a checkpoint, damaged in each way: named, and the step before is used."""
+    run, good = tmp_path / "checkpoints", tmp_path / "good"
+    states = {step: fill(small(), step) for step in (4, 5)}
+    write(run, *states.values())
+    shutil.copytree(run, good)
+    read = lambda step: (
+        checkpoint.read_data(run, step),
+        checkpoint.restore_state(run, step, small()),
+    )
+    files = [path for path in (good / "5").rglob("*") if path.is_file()]
+    unread = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax's, beside the items
+    files = [path for path in files if path.name not in unread]
+    others = sorted((good / "4").rglob("*"))
+    for path in files:
+        name, content = path.relative_to(good), path.read_bytes()
+        alike = [o for o in others if o.is_file() and o.suffix == path.suffix]
+        other = next((o for o in alike if o.read_bytes() != content), path).read_bytes()
+        for how, damage in DAMAGES.items():
+            data = damage(content, other)
+            if data == content:
+                continue
+            broken = run / name
+            broken.write_bytes(data) if data is not None else broken.unlink()
+            caplog.clear()
+            step, (facts, state) = checkpoint.read_newest(run, read)
+            assert step == 4 and facts == FACTS, (name, how)
+            assert_same(state, states[4])
+            said = str(name).removeprefix("5/")
+            assert said in caplog.text and "step 4 is used" in caplog.text, (name, how)
+            broken.write_bytes(content)
+    step, (_, state) = checkpoint.read_newest(run, read)
+    assert step == 5
+    assert_same(state, states[5])
+
+
+def test_a_damaged_step_is_put_aside_where_an_older_one_is_sound(tmp_path, caplog):
+    write(tmp_path, fill(small(), 3), fill(small(), 4), fill(small(), 5))
+    (tmp_path / "99999").mkdir()
+    for item in ("params", "opt"):  # whole, and sound, of another step
+        shutil.rmtree(tmp_path / "5" / item)
+        shutil.copytree(tmp_path / "4" / item, tmp_path / "5" / item)
+    read = lambda step: checkpoint.restore_state(tmp_path, step, small())
+    step, state = checkpoint.read_newest(tmp_path, read, put_aside=True)
+    assert step == 4 and checkpoint.steps(tmp_path) == [3, 4]
+    assert_same(state, fill(small(), 4))
+    assert "99999: damaged: manifest.json is missing; it is now 99999.damaged" in caplog.text
+    assert (tmp_path / "5.damaged" / "params").is_dir()
+    shutil.rmtree(tmp_path / "4" / "opt")
+    (tmp_path / "3").rename(tmp_path / "5")
+    for _ in range(2):  # never a new run instead
+        text = error_of(lambda: checkpoint.read_newest(tmp_path, read, put_aside=True))
+        assert f"{tmp_path}/5: damaged: manifest.json is of step 3: something was renamed" in text
+        assert f"to begin anew, move {tmp_path} away" in text
+    assert checkpoint.steps(tmp_path) == [4, 5]
+
+
+def test_checkpoints_of_before_there_were_manifests(tmp_path):
+    write(tmp_path, fill(small(), 5))
+    (tmp_path / "5" / "manifest.json").unlink()
+    read = lambda step: checkpoint.restore_state(tmp_path, step, small())
+    assert "manifest.json is missing" in error_of(checkpoint.read_newest, tmp_path, read)
+    path = tmp_path / "5" / "config" / "metadata"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    assert checkpoint.read_newest(tmp_path, read)[0] == 5
 
 
 def test_items_are_restorable_alone(tmp_path):
@@ -246,34 +354,6 @@ def test_items_are_restorable_alone(tmp_path):
     assert_same((params, fixed), (state.params, state.fixed))
     text = error_of(checkpoint.restore_state, tmp_path, 5, abstract)
     assert f"{tmp_path}/5: opt cannot be read" in text and "no older step" in text
-
-
-def test_damage_is_reported_or_harmless(tmp_path):
-    """Every file of a checkpoint deleted, emptied, cut and filled with other bytes, in turn."""
-    run, good = tmp_path / "checkpoints", tmp_path / "good"
-    state, abstract = fill(small(), 5), small()
-    write(run, fill(small(), 3), fill(small(), 4), state)
-    shutil.copytree(run, good)
-    reported = 0
-    files = [path for path in (good / "5").rglob("*") if path.is_file()]
-    for path in files:
-        if "fixed" in path.parts:
-            continue  # as params
-        content = path.read_bytes()
-        for damaged in (None, b"", content[: len(content) // 2], b"\x00\xff{" * len(content)):
-            broken = run / path.relative_to(good)
-            broken.write_bytes(damaged) if damaged is not None else broken.unlink()
-            try:
-                assert checkpoint.read_data(run, 5) == FACTS
-                assert_same(checkpoint.restore_state(run, 5, abstract), state)
-            except cfg.UserError as error:
-                reported += 1
-                assert f"{run}/5: " in str(error) and "cannot be read: " in str(error)
-                assert "older steps: 3, 4; to resume from 4, move 5 away" in str(error)
-            broken.write_bytes(content)
-    assert reported >= 38  # what Orbax never reads, such as commit_success.txt, does no harm
-    assert checkpoint.steps(run) == [3, 4, 5]
-    assert_same(checkpoint.restore_state(run, 4, abstract), fill(small(), 4))
 
 
 def test_other_model_or_optimizer(tmp_path):
@@ -302,18 +382,18 @@ def test_missing_newer_and_renamed(tmp_path):
     assert "it is of step 6" in error_of(checkpoint.restore_state, tmp_path, 8, abstract)
     path = tmp_path / "5" / "config" / "metadata"
     about = json.loads(path.read_text())
-    assert about["format"] == 1 and about["jaxlm"] and about["config"]["steps"] == 10
-    path.write_text(json.dumps({**about, "format": 2, "jaxlm": "9.0"}))
+    assert about["format"] == 2 and about["jaxlm"] and about["config"]["steps"] == 10
+    path.write_text(json.dumps({**about, "format": 3, "jaxlm": "9.0"}))
     text = error_of(checkpoint.restore_params, tmp_path, 5, abstract.params, abstract.fixed)
-    assert "written by jaxlm 9.0 in checkpoint format 2" in text and "update it" in text
+    assert "written by jaxlm 9.0 in checkpoint format 3" in text and "update it" in text
     path.write_text(json.dumps({**about, "format": "new"}))
     assert "config cannot be read" in error_of(checkpoint.read_config, tmp_path, 5)
 
 
 def test_failed_save_is_reported_and_the_next_one_is_made(tmp_path):
-    write(tmp_path, fill(small(), 1), fill(small(), 2))
+    write(tmp_path, finite(1), finite(2))
     manager = checkpoint.open_manager(tmp_path, cfg.Checkpoint(keep=2))
-    save = lambda step: checkpoint.save(manager, step, fill(small(), step), FACTS, {})
+    save = lambda step: checkpoint.save(manager, step, finite(step), FACTS, {})
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     for step, limit in ((3, 1500), (4, 0)):  # bytes of a file: arrays fail, everything fails
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -328,19 +408,19 @@ def test_failed_save_is_reported_and_the_next_one_is_made(tmp_path):
     save(5)
     checkpoint.finish(manager)
     assert checkpoint.steps(tmp_path) == [2, 5]
-    assert_same(checkpoint.restore_state(tmp_path, 5, small()), fill(small(), 5))
+    assert_same(checkpoint.restore_state(tmp_path, 5, small()), finite(5))
 
 
 def test_failed_removal_is_not_a_failed_save(tmp_path, monkeypatch):
-    write(tmp_path, fill(small(), 1), fill(small(), 2))
+    write(tmp_path, finite(1), finite(2))
     manager = checkpoint.open_manager(tmp_path, cfg.Checkpoint(keep=2))
-    checkpoint.save(manager, 3, fill(small(), 3), FACTS, {})
+    checkpoint.save(manager, 3, finite(3), FACTS, {})
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, **_: os.rmdir(path))  # it is not empty
         text = error_of(checkpoint.finish, manager)
     assert f"{tmp_path}: older checkpoints cannot be removed: Directory not empty" in text
     assert checkpoint.steps(tmp_path) == [1, 2, 3] == manager.all_steps()
-    checkpoint.save(manager, 4, fill(small(), 4), FACTS, {})
+    checkpoint.save(manager, 4, finite(4), FACTS, {})
     checkpoint.finish(manager)
     assert checkpoint.steps(tmp_path) == [3, 4]
 

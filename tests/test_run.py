@@ -15,7 +15,7 @@ import pytest
 import tiny
 import yaml
 
-from jaxlm import metrics
+from jaxlm import checkpoint, metrics
 from jaxlm.cli import main
 from jaxlm.data import load_tokenizer, open_split
 from jaxlm.data.prepare import prepare
@@ -343,13 +343,27 @@ def test_another_model_does_not_take_over_a_run_directory(alone, data, tmp_path,
     assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
 
 
-def test_an_unreadable_checkpoint_is_named_and_kept(alone, data, tmp_path, capfd):
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(alone, data, tmp_path, capfd):
     run_dir = tmp_path / "run"
     shutil.copytree(alone[0], run_dir)
-    shutil.rmtree(run_dir / "checkpoints" / f"{STEPS}" / "params")
+    folder = run_dir / "checkpoints"
+    newest = max(
+        (folder / f"{STEPS}" / "params").rglob("d/*"), key=lambda path: path.stat().st_size
+    )
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    output = tiny.finish(start(run_dir, data))
+    assert f"checkpoints/{STEPS}: damaged: params/" in output
+    assert f"it is now {STEPS}.damaged; step {STEPS - 5} is used" in output
+    assert tiny.losses(run_dir) == tiny.losses(alone[0])
+    for step in checkpoint.steps(folder):
+        shutil.rmtree(folder / f"{step}" / "opt")
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
-    where = [f"data.path={data}", f"run.dir={run_dir}", "mesh.data=-1", f"steps={STEPS + 10}"]
-    assert main(["train", str(tiny.CONFIGS / "llama.yaml"), *where]) == 2
-    err = capfd.readouterr().err
-    assert err.count("\n") == 1 and f"checkpoints/{STEPS}" in err, err
+    capfd.readouterr()
+    here = ["devices.simulate=0", "mesh.data=2"]
+    for _ in range(2):  # it is never begun anew in silence
+        assert main([*train(run_dir, data), *here]) == 2
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and f"checkpoints/{STEPS}: damaged: opt/" in err, err
     assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
